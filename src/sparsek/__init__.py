@@ -1,0 +1,11 @@
+"""Sparse-K attention: each query keeps its K strongest keys."""
+
+from importlib.metadata import version as _version
+
+from .attention import attention, select, topk_mask
+from .config import SparseKConfig
+from .policy import recommend_k
+from .selection import Selection
+
+__version__ = _version("sparsek")
+__all__ = ["Selection", "SparseKConfig", "attention", "recommend_k", "select", "topk_mask"]

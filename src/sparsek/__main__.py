@@ -1,0 +1,20 @@
+"""The `sparsek` command. Without the command-line extra it says how to get it."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    try:
+        from .cli import main as run
+    except ModuleNotFoundError as error:
+        if error.name not in ("click", "rich"):
+            raise
+        print(f"sparsek: the command line needs {error.name}: pip install 'sparsek[cli]'", file=sys.stderr)
+        return 2
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""The few calls on which NumPy and PyTorch differ, so that the reference is written once for both.
+
+Everything else the reference uses has the same name and keywords in both libraries. PyTorch is never
+imported here: an array that is a tensor proves that it is loaded already.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+Array = Any  # numpy.ndarray or torch.Tensor
+Module = Any  # the numpy or the torch module
+
+
+def is_torch(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def namespace(x: Array) -> Module:
+    """The module whose functions work on `x`."""
+    return sys.modules["torch"] if is_torch(x) else np
+
+
+def arange(n: int, like: Array) -> Array:
+    """0 .. n-1 as int64, on the device of `like`."""
+    if is_torch(like):
+        return namespace(like).arange(n, device=like.device)
+    return np.arange(n)
+
+
+def empty(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
+    if is_torch(like):
+        return namespace(like).empty(shape, dtype=dtype, device=like.device)
+    return np.empty(shape, dtype=dtype)
+
+
+def full(shape: tuple[int, ...], value: float, dtype: Any, like: Array) -> Array:
+    if is_torch(like):
+        return namespace(like).full(shape, value, dtype=dtype, device=like.device)
+    return np.full(shape, value, dtype=dtype)
+
+
+def cast(x: Array, dtype: Any) -> Array:
+    if is_torch(x):
+        return x.to(dtype)
+    return x.astype(dtype, copy=False)
+
+
+def compute_dtype(x: Array) -> Any:
+    """The dtype to compute in: float64 stays, everything smaller is widened to float32."""
+    xp = namespace(x)
+    return xp.float64 if x.dtype == xp.float64 else xp.float32
+
+
+def kth_largest(x: Array, k: int) -> Array:
+    """The k-th largest value along the last axis, that axis kept with length 1; 1 <= k <= length."""
+    if is_torch(x):
+        return x.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    n = x.shape[-1]
+    return np.partition(x, n - k, axis=-1)[..., n - k, None]
+
+
+def nonzero(x: Array) -> tuple[Array, ...]:
+    """Indices of true elements in row-major order, one array per axis."""
+    return tuple(x.nonzero(as_tuple=True) if is_torch(x) else x.nonzero())

@@ -1,0 +1,1 @@
+"""Benchmarks: libraries behind `sparsek bench` and `sparsek bench-attention`."""

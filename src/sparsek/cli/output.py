@@ -1,0 +1,91 @@
+"""Records to standard output, as a table or as data; progress to standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+import click
+
+FORMATS: Final = ("md", "csv", "json", "jsonl")
+
+output_option = click.option(
+    "-o", "--output", type=click.Choice(FORMATS), default="md", show_default=True, help="Output format."
+)
+
+Column = tuple[str, Callable[[Any], str]]
+
+
+def write_records(records: Sequence[Any], fmt: str, columns: Sequence[Column]) -> None:
+    """`records` are dataclasses. md shows `columns` (title, text of a record), the others every field."""
+    rows = [asdict(record) for record in records]
+    if fmt == "md":
+        click.echo(
+            markdown_table(
+                [title for title, _ in columns], [[text(r) for _, text in columns] for r in records]
+            )
+        )
+    elif fmt == "json":
+        click.echo(json.dumps(rows, indent=2))
+    elif fmt == "jsonl":
+        for row in rows:
+            click.echo(json.dumps(row))
+    else:
+        _write_csv(rows)
+
+
+def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that reads well as plain text too: columns padded to equal width, numbers to the right."""
+    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
+    right = [all(_is_number(row[i]) for row in rows) for i in range(len(titles))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)]
+    return "\n".join([line(titles), line(rule), *map(line, rows)])
+
+
+def _is_number(text: str) -> bool:
+    return text[:1].isdigit() or text in ("", "-")
+
+
+def _write_csv(rows: Sequence[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in row.items()})
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar with time left on stderr when that is a terminal; yields what to call after each step."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda: bar.advance(task)

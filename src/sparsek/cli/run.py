@@ -1,0 +1,124 @@
+"""`sparsek run`: generate text."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..config import TopK
+from .options import (
+    Budgets,
+    common_options,
+    make_config,
+    model_options,
+    rule_options,
+    use_threads,
+    with_budget,
+)
+
+
+@click.command("run")
+@model_options
+@click.option("-p", "--prompt", metavar="TEXT", help="The prompt.")
+@click.option("-f", "--file", metavar="FILE", help="Read the prompt from a file; - is standard input.")
+@click.option(
+    "-n", "--tokens", type=click.IntRange(1), default=64, show_default=True, help="Most tokens to generate."
+)
+@click.option("-k", "--top-k", type=Budgets(), help='Keys kept per query: a number, "auto", or 0 for dense.')
+@click.option("--raw", is_flag=True, help="Continue the text as it is, without the model's chat format.")
+@rule_options
+@common_options
+def command(
+    model: str | None,
+    engine: str,
+    prompt: str | None,
+    file: str | None,
+    tokens: int,
+    top_k: list[TopK] | None,
+    raw: bool,
+    threads: int | None,
+    seed: int,  # noqa: ARG001
+    debug: bool,  # noqa: ARG001
+    **rule: Any,
+) -> None:
+    """Generate text, greedily, and print the speed of prompt and generation.
+
+    \b
+    Examples:
+      sparsek run -p "Why is the sky blue?"
+      sparsek run -f chapter.txt -p "Summarise this." -n 128 -k 64
+      sparsek run -f main.c --raw -k 0
+    """
+    text = _prompt(prompt, file)
+    if top_k is not None and len(top_k) != 1:
+        raise click.UsageError(f"-k {','.join(map(str, top_k))}: run takes one K")
+    config = make_config(**rule)
+
+    from ..engines.base import open_engine
+
+    opened = open_engine(engine, model, threads=threads)
+    use_threads(threads)
+    plain_rule = not any(value for value in rule.values())
+    if opened.model_config is not None and plain_rule:
+        config = opened.model_config
+    chosen = config if top_k is None else with_budget(config, top_k[0])
+    ids = opened.encode(text) if raw else opened.encode_chat(text)
+    needed = len(ids) + tokens
+    if not ids:
+        raise click.UsageError("the prompt is empty")
+    if needed > opened.context_length:
+        raise click.UsageError(
+            f"the prompt has {len(ids)} tokens and {tokens} are to be generated: {needed} is more than the "
+            f"model's context of {opened.context_length}"
+        )
+    start = time.perf_counter()
+    prompt_seconds = 0.0
+    produced: list[int] = []
+    shown = ""
+    for token in opened.generate(ids, tokens, chosen):
+        prompt_seconds = prompt_seconds or time.perf_counter() - start
+        produced.append(token)
+        text = opened.decode(produced)
+        if not text.endswith("\ufffd"):  # half of a character: wait for the rest
+            click.echo(text[len(shown) :], nl=False)
+            sys.stdout.flush()
+            shown = text
+    total = time.perf_counter() - start
+    click.echo()
+    steps = max(0, len(produced) - 1)
+    spent = total - prompt_seconds
+    click.echo(
+        f"prompt: {len(ids)} tokens, {len(ids) / (prompt_seconds or total):.1f} tokens/s | "
+        f"generation: {len(produced)} tokens, {steps / spent if steps and spent > 0 else 0:.1f} tokens/s | "
+        f"attention: {_attention(chosen, len(ids))}",
+        err=True,
+    )
+
+
+def _prompt(prompt: str | None, file: str | None) -> str:
+    """File and prompt in one text, the file first."""
+    parts = []
+    if file is not None:
+        try:
+            parts.append(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise click.UsageError(
+                f"not a UTF-8 text ({error.reason} at byte {error.start}): {file}"
+            ) from None
+    if prompt is not None:
+        parts.append(prompt)
+    if not any(part.strip() for part in parts):
+        raise click.UsageError("the prompt is empty: pass -p TEXT or -f FILE")
+    return "\n\n".join(parts)
+
+
+def _attention(config: Any, prompt_tokens: int) -> str:
+    if config is None:
+        return "dense"
+    if prompt_tokens < config.min_context:
+        return f"dense while the context is below {config.min_context} tokens (--min-context)"
+    return f"Sparse-K, K = {config.top_k}"

@@ -1,0 +1,174 @@
+"""SparseKConfig: which connections a query keeps. One immutable object, checked when it is made.
+
+The fields are the whole user-facing vocabulary of the project; `policy.py` turns them into the numbers
+that a kernel needs for one layer and one context length.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Literal, cast, get_args
+
+TopK = int | Literal["auto"]
+Tail = Literal["none", "centroid"]
+
+_TAILS: Final = get_args(Tail)
+_INT32_MAX: Final = 2**31 - 1
+_GGUF_PREFIX: Final = "sparsek."
+
+
+@dataclass(frozen=True)
+class SparseKConfig:
+    """What each query keeps: its `top_k` best keys, a few keys it always keeps, and a summary of the rest.
+
+    Args:
+        top_k: keys kept per query by score, outside the always-kept ones; "auto" is about sqrt(context);
+            a tuple gives one value per layer.
+        sinks: allowed keys among the first `sinks` positions are always kept.
+        window: the last `window` allowed positions up to the query's own are always kept.
+        stride: positions that are multiples of `stride` are always kept; 0 keeps none.
+        tail: "centroid" adds one estimated term per block of 64 keys for what was dropped; "none" drops it.
+        dense_layers: layers (counted from 0) that keep everything.
+        min_context: contexts shorter than this (in tokens) keep everything.
+        check_finite: look for NaN and infinity in the inputs, and fail if there are any.
+
+    Raises:
+        ValueError: a field is outside its range; the message names the field, the value and what is allowed.
+        TypeError: a field is of the wrong type.
+    """
+
+    top_k: TopK | tuple[TopK, ...] = "auto"
+    sinks: int = 4
+    window: int = 64
+    stride: int = 0
+    tail: Tail = "centroid"
+    dense_layers: tuple[int, ...] = (0,)
+    min_context: int = 1024
+    check_finite: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "top_k", _checked_top_k(self.top_k))
+        for name in ("sinks", "window", "stride", "min_context"):
+            object.__setattr__(self, name, _checked_int(name, getattr(self, name)))
+        if self.tail not in _TAILS:
+            raise ValueError(f"tail = {self.tail!r}: must be one of {', '.join(map(repr, _TAILS))}")
+        object.__setattr__(self, "dense_layers", _checked_layers(self.dense_layers))
+        if not isinstance(self.check_finite, bool):
+            raise TypeError(f"check_finite = {self.check_finite!r}: must be True or False")
+        budgets = self.top_k if isinstance(self.top_k, tuple) else (self.top_k,)
+        if 0 in budgets and not (self.sinks or self.window or self.stride):
+            raise ValueError(
+                f"top_k = {self.top_k!r} with sinks = window = stride = 0 keeps no key at all: "
+                "top_k must be at least 1, or one of the others positive"
+            )
+
+    @classmethod
+    def pure(cls, top_k: TopK | tuple[TopK, ...]) -> SparseKConfig:
+        """The plain method: the `top_k` best keys in every layer at every length, -inf elsewhere."""
+        return cls(top_k=top_k, sinks=0, window=0, stride=0, tail="none", dense_layers=(), min_context=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON types; `from_dict` reads it back."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SparseKConfig:
+        """Missing fields take their defaults; unknown ones are an error."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a configuration must be an object of fields, got {values!r}")
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown field {', '.join(map(repr, unknown))}: known are {', '.join(known)}")
+        typed: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+        return cls(**typed)
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> SparseKConfig:
+        """Raises ValueError when `text` is not JSON, and as `from_dict` does."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"not a JSON configuration ({error}): {text[:80]!r}") from None
+        return cls.from_dict(values)
+
+    def to_gguf_metadata(self) -> dict[str, str | int]:
+        """The `sparsek.*` keys that a GGUF file carries. Lists are written as comma lists, like on the
+        command line, so that every GGUF viewer shows them and an empty one can be stored."""
+        metadata: dict[str, str | int] = {}
+        for name, value in self.to_dict().items():
+            if name == "check_finite":  # how to run, not what the model wants
+                continue
+            metadata[_GGUF_PREFIX + name] = ",".join(map(str, value)) if isinstance(value, list) else value
+        return metadata
+
+    @classmethod
+    def from_gguf_metadata(cls, metadata: Mapping[str, Any]) -> SparseKConfig | None:
+        """The configuration in a GGUF file's metadata, or None when it carries no `sparsek.*` key."""
+        values = {
+            key[len(_GGUF_PREFIX) :]: value for key, value in metadata.items() if key.startswith(_GGUF_PREFIX)
+        }
+        if not values:
+            return None
+        if isinstance(values.get("top_k"), str):
+            values["top_k"] = parse_top_k(values["top_k"])
+        if isinstance(values.get("dense_layers"), str):
+            values["dense_layers"] = parse_layers(values["dense_layers"])
+        return cls.from_dict(values)
+
+
+def parse_top_k(text: str) -> TopK | tuple[TopK, ...]:
+    """ "64", "auto", or a comma list with one of those per layer."""
+    budgets = tuple(_parse_budget(part) for part in text.split(","))
+    return budgets if len(budgets) > 1 else budgets[0]
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """A comma list of layer numbers; "" and "none" are the empty list."""
+    if text.strip().lower() in ("", "none"):
+        return ()
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"dense_layers = {text!r}: must be layer numbers like 0,1 or none") from None
+
+
+def _parse_budget(text: str) -> TopK:
+    if text.strip() == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f'top_k = {text!r}: must be an integer >= 0 or "auto"') from None
+
+
+def _checked_top_k(value: Any) -> TopK | tuple[TopK, ...]:
+    if isinstance(value, (tuple, list)):
+        if not value:
+            raise ValueError('top_k = (): must be an integer >= 0, "auto", or one of these per layer')
+        return tuple(cast("TopK", _checked_top_k(item)) for item in value)
+    if isinstance(value, str):
+        if value == "auto":
+            return "auto"
+        raise ValueError(f'top_k = {value!r}: must be an integer >= 0, "auto", or one of these per layer')
+    return _checked_int("top_k", value)
+
+
+def _checked_int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} = {value!r}: must be an integer >= 0")
+    number = int(value.__index__())
+    if not 0 <= number <= _INT32_MAX:
+        raise ValueError(f"{name} = {value!r}: must be an integer from 0 to {_INT32_MAX}")
+    return number
+
+
+def _checked_layers(value: Any) -> tuple[int, ...]:
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise TypeError(f"dense_layers = {value!r}: must be a tuple of layer numbers, like (0, 1)")
+    return tuple(sorted({_checked_int("dense_layers", layer) for layer in value}))

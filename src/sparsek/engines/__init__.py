@@ -1,0 +1,1 @@
+"""Engines: programs that run language models, behind one small interface (`base.Engine`)."""

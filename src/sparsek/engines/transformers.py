@@ -1,0 +1,154 @@
+"""The engine `transformers`: a model in Hugging Face Transformers, from a GGUF file or a directory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from ..config import SparseKConfig
+from ..integrations import transformers as integration
+from .base import Observer
+from .model_file import find_model, read_gguf
+
+_LOGIT_ROWS: Final = 256  # rows of [rows, vocabulary] held at once
+
+
+class TransformersEngine:
+    """See `base.Engine`. Runs in float32 on the CPU and in the model's own dtype on a CUDA device."""
+
+    name = "transformers"
+    version = transformers.__version__
+
+    def __init__(self, model: str | None, *, threads: int | None = None, device: str = "cpu") -> None:
+        path = find_model(model)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        source: dict[str, Any] = {"pretrained_model_name_or_path": path}
+        self.model_config = None
+        if path.is_file():
+            source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+            self.model_config = SparseKConfig.from_gguf_metadata(read_gguf(path))
+        dtype = torch.float32 if device == "cpu" else "auto"
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
+            self._tokenizer = AutoTokenizer.from_pretrained(**source)
+        except (OSError, KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"Transformers cannot load {path}: {_first_line(error)}") from error
+        self._model = loaded.eval().to(device)
+        config = self._model.config.get_text_config()
+        self.model = path.stem if path.is_file() else path.name
+        self.num_layers = int(config.num_hidden_layers)
+        self.num_heads = int(config.num_attention_heads)
+        self.num_parameters = int(self._model.num_parameters())
+        self.context_length = int(config.max_position_embeddings)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text)["input_ids"])
+
+    def encode_chat(self, text: str) -> list[int]:
+        if self._tokenizer.chat_template is None:
+            return self.encode(text)
+        chat = [{"role": "user", "content": text}]
+        encoded = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        return list(encoded["input_ids"])
+
+    def decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def prompt_seconds(self, tokens: list[int], config: SparseKConfig | None) -> float:
+        with self._attending(config):
+            start = time.perf_counter()
+            self._step(self._ids(tokens), DynamicCache(config=self._model.config))
+            return time.perf_counter() - start
+
+    def generation(self, depth: list[int], count: int, config: SparseKConfig | None) -> Callable[[], float]:
+        tokens = depth or self.encode("The")[:1]  # generation begins from something
+        at_depth = DynamicCache(config=self._model.config)
+        with self._attending(config):
+            first = self._step(self._ids(tokens), at_depth)
+
+        def once() -> float:
+            token, cache = first, copy.deepcopy(at_depth)  # a sliding-window cache cannot be cropped back
+            with self._attending(config):
+                start = time.perf_counter()
+                for _ in range(count):
+                    token = self._step(token, cache)
+                return time.perf_counter() - start
+
+        return once
+
+    def generate(self, tokens: list[int], count: int, config: SparseKConfig | None) -> Iterator[int]:
+        cache = DynamicCache(config=self._model.config)
+        ids, ends = self._ids(tokens), self._end_tokens()
+        with self._attending(config):
+            for _ in range(count):
+                ids = self._step(ids, cache)
+                token = int(ids)
+                if token in ends:
+                    return
+                yield token
+
+    def observed(self, observer: Observer) -> contextlib.AbstractContextManager[None]:
+        return integration.observed(observer)
+
+    def logits(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[torch.Tensor]:
+        hidden: list[torch.Tensor] = []
+        body = self._model.base_model
+        hook = body.register_forward_hook(lambda _m, _a, out: hidden.append(out.last_hidden_state))
+        try:
+            with torch.inference_mode(), self._attending(config):
+                last = self._model(self._ids(tokens), use_cache=False, logits_to_keep=1).logits[0, -1]
+        finally:
+            hook.remove()
+        states = hidden[-1][0]
+        self._check_head(states[-1:], last)
+        for start in range(0, len(tokens), _LOGIT_ROWS):
+            with torch.inference_mode():
+                yield self._head(states[start : start + _LOGIT_ROWS]).float()
+
+    def _head(self, states: torch.Tensor) -> torch.Tensor:
+        """From the body's last hidden states to logits, as the model's own forward does it."""
+        scores: torch.Tensor = self._model.get_output_embeddings()(states)
+        cap = getattr(self._model.config.get_text_config(), "final_logit_softcapping", None)
+        return scores if cap is None else cap * torch.tanh(scores / cap)
+
+    def _check_head(self, states: torch.Tensor, expected: torch.Tensor) -> None:
+        with torch.inference_mode():
+            if not torch.allclose(self._head(states)[0], expected, rtol=1e-3, atol=1e-3):
+                raise NotImplementedError(
+                    f"{type(self._model).__name__} does more between its last layer and its logits than "
+                    "one projection: evaluation does not know this model yet"
+                )
+
+    def _attending(self, config: SparseKConfig | None) -> contextlib.AbstractContextManager[Any]:
+        return integration.enabled(self._model, config) if config else contextlib.nullcontext()
+
+    @torch.inference_mode()
+    def _step(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Append `ids` to the cache; returns the greedy next token [1, 1]."""
+        logits = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        token: torch.Tensor = logits[:, -1].argmax(-1, keepdim=True)
+        if token.is_cuda:
+            torch.cuda.synchronize()
+        return token
+
+    def _ids(self, tokens: list[int]) -> torch.Tensor:
+        return torch.tensor([tokens], device=self._model.device)
+
+    def _end_tokens(self) -> set[int]:
+        ends = self._model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return {int(e) for e in [*ends, self._tokenizer.eos_token_id] if e is not None}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

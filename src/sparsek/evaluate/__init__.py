@@ -1,0 +1,1 @@
+"""Evaluation: what K costs in quality, measured on a model and a text."""

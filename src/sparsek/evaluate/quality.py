@@ -1,0 +1,188 @@
+"""`sparsek eval`: perplexity, and distance to dense attention, over the same windows in one run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..bench.environment import environment
+from ..config import SparseKConfig
+from ..engines.base import Engine
+from ..kernels import reference
+from ..problem import Problem
+from ..verify import sample
+
+MASS_ROWS = 128  # rows of each head and layer on which the retained mass is measured
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """What one configuration costs.
+
+    Perplexities are over all predicted tokens; `kl_mean` is the mean Kullback-Leibler divergence of the
+    sparse from the dense next-token distribution, in nats; `same_top` how often both put the same token
+    first. `mass_mean` is the share of the dense softmax that falls on the kept keys and `kept_mean` their
+    number per row; both are means over sampled rows of the layers that are not dense.
+    """
+
+    engine: str
+    model: str
+    text: str
+    context: int
+    windows: int
+    top_k: int | str
+    config: dict[str, Any]
+    ppl_dense: float
+    ppl: float
+    ppl_ratio: float
+    kl_mean: float
+    same_top: float
+    mass_mean: float | None
+    kept_mean: float | None
+    environment: dict[str, Any]
+
+
+@dataclass
+class _Sums:
+    """Running sums over tokens (loss, kl, same) and over attention rows (mass, kept)."""
+
+    loss_dense: float = 0.0
+    loss: float = 0.0
+    kl: float = 0.0
+    same: int = 0
+    tokens: int = 0
+    mass: list[float] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
+
+    def add(self, dense: torch.Tensor, sparse: torch.Tensor, following: torch.Tensor) -> None:
+        """Add log-probabilities [rows, vocabulary] and the tokens [rows] that really followed."""
+        picked = following[:, None]
+        self.loss_dense -= float(dense.gather(1, picked).double().sum())
+        self.loss -= float(sparse.gather(1, picked).double().sum())
+        self.kl += float((dense.exp() * (dense - sparse)).sum(-1).double().sum())
+        self.same += int((dense.argmax(-1) == sparse.argmax(-1)).sum())
+        self.tokens += len(following)
+
+    def observe(self, _layer: int, problem: Problem, _out: Any) -> None:
+        if not problem.keeps_all:
+            mass, kept = retained_mass(problem)
+            self.mass.append(mass)
+            self.kept.append(kept)
+
+
+def evaluate(
+    engine: Engine,
+    configs: Sequence[SparseKConfig],
+    *,
+    text: str,
+    text_name: str,
+    context: int,
+    windows: int = 1,
+    advance: Callable[[], None] = lambda: None,
+) -> list[EvalRecord]:
+    """Measure each configuration on the first `windows` windows of `context` tokens of a text.
+
+    `advance` is called after each pass of the model: windows * (1 + len(configs)) times.
+
+    Raises:
+        ValueError: the text is shorter than the windows, or `context` outside 2 .. the model's context.
+    """
+    if not 2 <= context <= engine.context_length:
+        raise ValueError(f"context = {context}: must be 2 to {engine.context_length}, the model's own")
+    if windows < 1:
+        raise ValueError(f"windows = {windows}: must be at least 1")
+    tokens = engine.encode(text)
+    if len(tokens) < context * windows:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, {windows} window(s) of {context} need {context * windows}: "
+            "take a longer text or a smaller --context"
+        )
+    sums = [_Sums() for _ in configs]
+    for window in range(windows):
+        _evaluate_window(engine, configs, tokens[window * context : (window + 1) * context], sums, advance)
+    return [
+        _record(engine, config, total, text_name, context, windows)
+        for config, total in zip(configs, sums, strict=True)
+    ]
+
+
+def _evaluate_window(
+    engine: Engine,
+    configs: Sequence[SparseKConfig],
+    tokens: list[int],
+    sums: list[_Sums],
+    advance: Callable[[], None],
+) -> None:
+    passes = [_started(engine, tokens, None, None, advance)]
+    for config, total in zip(configs, sums, strict=True):
+        passes.append(_started(engine, tokens, config, total, advance))
+    following = torch.tensor(tokens[1:])
+    for chunks in zip(*passes, strict=True):
+        dense, *sparse = (chunk[: len(following)].log_softmax(-1) for chunk in chunks)
+        picked, following = following[: len(dense)].to(dense.device), following[len(dense) :]
+        for total, chunk in zip(sums, sparse, strict=True):
+            total.add(dense, chunk, picked)
+
+
+def _started(
+    engine: Engine,
+    tokens: list[int],
+    config: SparseKConfig | None,
+    total: _Sums | None,
+    advance: Callable[[], None],
+) -> Iterator[torch.Tensor]:
+    """The logits of one pass, its attention done and observed."""
+    chunks = engine.logits(tokens, config)
+    if total is None:
+        first = next(chunks)
+    else:
+        with engine.observed(total.observe):
+            first = next(chunks)
+    advance()
+    return itertools.chain([first], chunks)
+
+
+def retained_mass(p: Problem, rows: int = MASS_ROWS) -> tuple[float, float]:
+    """The share of the dense softmax that falls on the kept keys, and their number: means over about
+    `rows` sampled rows of every head."""
+    mass, kept, count = 0.0, 0, 0
+    for block in sample(p.num_queries, rows):
+        for chunk in reference.chunks(p.rows(block)):
+            scores = torch.where(chunk.allowed, chunk.scores, -math.inf)
+            shares = torch.where(chunk.kept, scores.softmax(-1), 0.0)
+            mass += float(shares.nansum())  # a row with no allowed key has no mass to retain
+            kept += int(chunk.kept.sum())
+            count += chunk.kept[..., 0].numel()
+    return mass / count, kept / count
+
+
+def _record(
+    engine: Engine, config: SparseKConfig, total: _Sums, text: str, context: int, windows: int
+) -> EvalRecord:
+    dense, sparse = math.exp(total.loss_dense / total.tokens), math.exp(total.loss / total.tokens)
+    return EvalRecord(
+        engine=engine.name,
+        model=engine.model,
+        text=text,
+        context=context,
+        windows=windows,
+        top_k=config.top_k if not isinstance(config.top_k, tuple) else "per layer",
+        config=config.to_dict(),
+        ppl_dense=dense,
+        ppl=sparse,
+        ppl_ratio=sparse / dense,
+        kl_mean=total.kl / total.tokens,
+        same_top=total.same / total.tokens,
+        mass_mean=_mean(total.mass),
+        kept_mean=_mean(total.kept),
+        environment=environment(),
+    )
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

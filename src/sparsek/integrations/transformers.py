@@ -1,0 +1,260 @@
+"""Sparse-K in Hugging Face Transformers 5: `attn_implementation="sparsek"`.
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sparsek")
+
+or, on a model that is loaded already, `enable(model, SparseKConfig(top_k=64))`, `disable(model)`, and
+`with enabled(model, config): ...`. The configuration lives in `model.config.sparsek` as JSON text, so it is
+saved and loaded with the model.
+
+The model's own mask (padding, packed sequences, sliding window, cache) is obeyed as it is. Two things the
+host leaves out are put right here: a StaticCache prefill hands over the whole cache without a mask, and
+packed sequences given by `position_ids` alone lose their mask as soon as a cache is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, Final, TypeVar
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from ..config import SparseKConfig
+from ..kernels import dispatch
+from ..problem import Problem, make_problem
+
+NAME: Final = "sparsek"
+_FIELD: Final = "sparsek"  # of the model's config
+_DEFAULT: Final = SparseKConfig().to_json()
+_NO_LAYER: Final = -1
+# Arguments with which some models change what attention means.
+_UNSUPPORTED: Final = ("s_aux", "sinks", "position_bias", "indices", "block_indices", "head_mask", "cache")
+
+Model = TypeVar("Model", bound=Any)
+Observer = Callable[[int, Problem, torch.Tensor], None]
+_observers: list[Observer] = []
+
+
+def register() -> None:
+    """Make `attn_implementation="sparsek"` known to Transformers. May be called again at any time."""
+    AttentionInterface.register(NAME, sparsek_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def enable(model: Model, config: SparseKConfig | None = None) -> Model:
+    """Switch a loaded model to Sparse-K. Returns the model.
+
+    Raises:
+        ValueError: the model does not take its attention from Transformers' AttentionInterface, or `config`
+            has a value per layer and their number is not that of the model's layers.
+    """
+    register()
+    config = SparseKConfig() if config is None else config
+    text_config = model.config.get_text_config()
+    if isinstance(config.top_k, tuple) and len(config.top_k) != text_config.num_hidden_layers:
+        raise ValueError(
+            f"top_k has {len(config.top_k)} values and the model {text_config.num_hidden_layers} layers: "
+            "must be one value per layer"
+        )
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    if text_config._attn_implementation != NAME:
+        raise ValueError(
+            f"{type(model).__name__} does not take its attention from Transformers' AttentionInterface: "
+            "Sparse-K cannot be switched on in it"
+        )
+    if before != NAME:
+        model._attention_before_sparsek = before
+    for part in _configs(model):
+        setattr(part, _FIELD, config.to_json())
+    return model
+
+
+def disable(model: Model) -> Model:
+    """Back to the attention the model had before `enable`. Does nothing where it was not on."""
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation(getattr(model, "_attention_before_sparsek", "sdpa"))
+    for part in _configs(model):
+        part.__dict__.pop(_FIELD, None)
+    return model
+
+
+@contextlib.contextmanager
+def enabled(model: Model, config: SparseKConfig | None = None) -> Iterator[Model]:
+    """Sparse-K within the block; afterwards whatever was there before."""
+    before = current_config(model)
+    enable(model, config)
+    try:
+        yield model
+    finally:
+        if before is None:
+            disable(model)
+        else:
+            enable(model, before)
+
+
+def current_config(model: Any) -> SparseKConfig | None:
+    """The configuration that is on in a model, or None."""
+    if model.config._attn_implementation != NAME:
+        return None
+    return _parse(getattr(model.config, _FIELD, _DEFAULT))
+
+
+@contextlib.contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Call `observer(layer, problem, output)` after every Sparse-K attention within the block: for
+    measuring, verifying and capturing. `problem` holds q, k, v and the rule, `output` is [B, H, Tq, Dv]."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def sparsek_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function that Transformers calls in every layer.
+
+    query [B, H, Tq, D], key and value [B, Hkv, Tk, D]; returns ([B, Tq, H, Dv], None).
+
+    Raises:
+        NotImplementedError: the call is a training step, wants the attention weights, or has one of the
+            arguments that change what attention means and are not supported.
+    """
+    _refuse_unsupported(module, dropout, kwargs)
+    num_queries = query.shape[2]
+    causal = attention_mask is None and num_queries > 1
+    causal = causal and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if causal and key.shape[2] != num_queries:
+        # Without a mask this is the prefill of an empty StaticCache: the rest of the cache is not filled yet.
+        key, value = key[:, :, :num_queries], value[:, :, :num_queries]
+    # Only a causal call without a mask can have lost its packing.
+    positions = position_ids if causal and position_ids is not None and position_ids.ndim == 2 else None
+    out = _attention_op(
+        query,
+        key,
+        value,
+        attention_mask,
+        positions,
+        causal,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap,
+        sliding_window,
+        getattr(getattr(module, "config", None), _FIELD, _DEFAULT),
+        getattr(module, "layer_idx", _NO_LAYER),
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+@torch.library.custom_op("sparsek::attention", mutates_args=())
+def _attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+    config: str,
+    layer: int,
+) -> torch.Tensor:
+    """One opaque operation for torch.compile: everything that depends on values happens inside it."""
+    if positions is not None:
+        mask = _packed_mask(positions)
+    elif mask is not None and mask.dtype != torch.bool:
+        # Transformers writes "forbidden" as the smallest number of the dtype; here it is -inf.
+        mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
+    problem = make_problem(
+        q,
+        k,
+        v,
+        config=_parse(config),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        softcap=softcap,
+        layer=None if layer == _NO_LAYER else layer,
+        context=sliding_window,
+    )
+    out: torch.Tensor = dispatch.attention(problem)
+    for observer in tuple(_observers):
+        observer(layer, problem, out)
+    return out
+
+
+@_attention_op.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,  # noqa: ARG001
+    v: torch.Tensor,
+    *_: Any,
+) -> torch.Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[-1]))
+
+
+def _no_gradient(*_: Any) -> Any:
+    raise NotImplementedError(
+        "sparsek attention in Transformers has no gradient: use sparsek.attention() to train through it, or "
+        'attn_implementation="sdpa"'
+    )
+
+
+_attention_op.register_autograd(_no_gradient)
+
+
+def _packed_mask(positions: torch.Tensor) -> torch.Tensor | None:
+    """[B, 1, T, T], True within one sequence, from positions [B, T] that restart; None for one sequence."""
+    restarts = positions.diff(dim=-1) != 1
+    if not bool(restarts.any()):
+        return None
+    sequence = torch.nn.functional.pad(restarts.cumsum(-1), (1, 0))
+    return sequence[:, None, :, None] == sequence[:, None, None, :]
+
+
+def _refuse_unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    if module.training or dropout:
+        raise NotImplementedError("sparsek attention does not support training: call model.eval() first")
+    if kwargs.get("output_attentions"):
+        raise NotImplementedError(
+            'sparsek attention has no attention weights to return: use attn_implementation="eager" for '
+            "output_attentions=True"
+        )
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"{type(module).__name__} passes {name!r}, which sparsek attention does not support: "
+                'use attn_implementation="eager" for this model'
+            )
+
+
+def _configs(model: Any) -> list[Any]:
+    """The model's configuration and those of its parts, each of which some attention layer may hold."""
+    found = {id(model.config): model.config}
+    for module in model.modules():
+        part = getattr(module, "config", None)
+        if hasattr(part, "_attn_implementation"):
+            found[id(part)] = part
+    return list(found.values())
+
+
+@lru_cache(maxsize=64)
+def _parse(config: str) -> SparseKConfig:
+    return SparseKConfig.from_json(config)

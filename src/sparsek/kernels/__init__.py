@@ -1,0 +1,1 @@
+"""Kernels: each does the same computation, `reference` defines it and `dispatch` chooses."""

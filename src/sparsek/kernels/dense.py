@@ -1,0 +1,71 @@
+"""Dense attention for the rules that keep everything: PyTorch's own scaled_dot_product_attention.
+
+Softcap is not in that function and NumPy has none at all: there the reference runs.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from .. import arrays
+from ..arrays import Array
+from ..problem import Problem
+
+TAKES = "rules that keep everything, on torch tensors without softcap: PyTorch's own attention"
+
+_MASK_ELEMENTS = 1 << 24  # of an explicit mask made at once
+
+
+def why_not(p: Problem) -> str | None:
+    """Why this kernel cannot do the call, or None when it can."""
+    if not arrays.is_torch(p.q):
+        return "the inputs are NumPy arrays"
+    if not p.keeps_all:
+        return "the rule drops keys"
+    if p.softcap is not None:
+        return "softcap is given"
+    if p.num_keys == 0:
+        return "there are no keys"
+    return None
+
+
+def attention(p: Problem) -> Array:
+    """Dense attention: [B, H, Tq, Dv]; rows with no allowed key are zero."""
+    torch = sys.modules["torch"]
+    assert p.v is not None
+    num_queries, num_keys = p.num_queries, p.num_keys
+    square = num_queries == num_keys and p.first_position == 0
+    if p.mask is None and (square or not p.is_causal):
+        return _sdpa(p, p.q, None, p.is_causal and square)
+    if p.mask is not None and not p.is_causal:
+        return _sdpa(p, p.q, p.mask, False)
+    # Causal but not square, or causal with a mask: SDPA needs both as one mask, made some rows at a time.
+    out = arrays.empty((*p.q.shape[:3], p.v.shape[3]), p.q.dtype, p.q)
+    rows_of_mask = 1 if p.mask is None else p.mask.shape[0] * p.mask.shape[1]
+    step = max(1, _MASK_ELEMENTS // (rows_of_mask * num_keys))
+    key = torch.arange(num_keys, device=p.q.device)
+    for start in range(0, num_queries, step):
+        rows = slice(start, min(start + step, num_queries))
+        position = torch.arange(rows.start, rows.stop, device=p.q.device) + p.first_position
+        mask = (key <= position[:, None])[None, None]
+        if p.mask is not None:
+            given = p.mask[:, :, rows]
+            mask = mask & given if given.dtype == torch.bool else given.masked_fill(~mask, -torch.inf)
+        out[:, :, rows] = _sdpa(p, p.q[:, :, rows], mask, False)
+    return out
+
+
+def _sdpa(p: Problem, q: Array, mask: Array | None, is_causal: bool) -> Array:
+    torch = sys.modules["torch"]
+    assert p.v is not None
+    group = q.shape[1] // p.k.shape[1]
+    k, v = (x if group == 1 else x.repeat_interleave(group, 1) for x in (p.k, p.v))
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=p.scale
+    )
+    if mask is None:
+        return out
+    allowed = mask if mask.dtype == torch.bool else mask > -torch.inf
+    return out.masked_fill(~allowed.any(-1, keepdim=True), 0)

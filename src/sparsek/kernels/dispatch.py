@@ -1,0 +1,61 @@
+"""Which kernel runs: one table, and one rule for "auto".
+
+Adding a kernel is one row here. A kernel is a module with `why_not(problem) -> str | None` and
+`attention(problem)`; one that selects also has `select(problem)`.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib import import_module
+from typing import Any, Final
+
+from ..arrays import Array
+from ..problem import Problem
+from ..selection import Selection
+
+log = logging.getLogger("sparsek")
+
+# In the order in which "auto" tries them; the reference takes everything and is last.
+KERNELS: Final = ("dense", "reference")
+# What a user can ask for by name. Whether a call is dense is the configuration's business.
+BACKENDS: Final = ("auto", "reference")
+
+
+def attention(p: Problem, backend: str = "auto") -> Array:
+    return _choose(p, backend, "attention").attention(p)
+
+
+def select(p: Problem, backend: str = "auto") -> Selection:
+    selection: Selection = _choose(p, backend, "select").select(p)
+    return selection
+
+
+def describe() -> dict[str, str]:
+    """For each kernel, in the order of "auto", what it takes."""
+    return {name: _load(name).TAKES for name in KERNELS}
+
+
+def _choose(p: Problem, backend: str, operation: str) -> Any:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend = {backend!r}: must be one of {', '.join(map(repr, BACKENDS))}")
+    if backend != "auto":
+        kernel = _load(backend)
+        reason = kernel.why_not(p)
+        if reason is not None:
+            raise ValueError(f"backend = {backend!r} cannot do this call: {reason}")
+        return kernel
+    for name in KERNELS:
+        kernel = _load(name)
+        if not hasattr(kernel, operation):
+            continue
+        reason = kernel.why_not(p)
+        if reason is None:
+            log.debug("%s: kernel %s", operation, name)
+            return kernel
+        log.debug("%s: not kernel %s: %s", operation, name, reason)
+    raise AssertionError("the reference takes every call")
+
+
+def _load(name: str) -> Any:
+    return import_module(f".{name}", __package__)

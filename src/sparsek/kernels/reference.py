@@ -1,0 +1,213 @@
+"""The specification of Sparse-K attention: plain and readable. Every other kernel is tested against it.
+
+For query row i at position p_i (the rows are the last of the Tk positions), with the scores
+s_ij = softcap(scale * q_i . k_j) + mask_ij and the allowed keys A_i:
+
+    always_i  allowed keys among the first `sinks` positions, the last `window` allowed positions up to p_i,
+              and the allowed multiples of `stride`
+    topk_i    the `top_k` best allowed keys outside always_i; equal scores: the lower position first
+    S_i       their union; out_i = sum_S e^s v / sum_S e^s
+
+`tail = "centroid"` adds one term to both sums for each aligned block b of 64 keys that is wholly allowed:
+weight n exp(mean of s over the n dropped keys of b), value the mean of v over b. The mean is taken before
+the softcap, then capped. A row with no allowed key is zero.
+
+Queries are processed in chunks, so memory is O(chunk x Tk), never Tq x Tk. Works on NumPy arrays and torch
+tensors, in float64 or, for every smaller dtype, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .. import arrays
+from ..arrays import Array
+from ..problem import Problem
+from ..selection import Selection
+
+TAKES = "everything; exact, but slower than dense attention"
+
+BLOCK = 64  # keys that share one centroid
+_CHUNK_ELEMENTS = 1 << 22  # scores held at once: 16 MiB in float32
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some query rows against the first `n` keys: all that the causal rule lets any of them see.
+
+    Query heads are split as [Hkv, G], the KV head and the head within its group.
+
+    Attributes:
+        rows: which query rows.
+        raw: [B, Hkv, G, R, n], scale * q.k. scores: the same, capped and with the mask added.
+        bias: the additive mask, broadcastable to `raw`, or None.
+        allowed: bool, broadcastable to `raw`. kept: bool [B, Hkv, G, R, n].
+    """
+
+    rows: slice
+    raw: Array
+    scores: Array
+    bias: Array | None
+    allowed: Array
+    kept: Array
+
+
+def why_not(_: Problem) -> str | None:
+    """Why this kernel cannot do the call: it can do all."""
+    return None
+
+
+def attention(p: Problem, selection: Selection | None = None) -> Array:
+    """Sparse-K attention. Returns [B, H, Tq, Dv] in the dtype of q.
+
+    With `selection`, attends over that kept set instead of its own: what another kernel's output is
+    compared with, given the keys that this kernel kept.
+    """
+    assert p.v is not None
+    v = arrays.cast(p.v, arrays.compute_dtype(p.v))
+    given = None if selection is None else _split_heads(selection.to_mask(), p.k.shape[1])
+    out = arrays.empty((*p.q.shape[:3], v.shape[-1]), p.q.dtype, p.q)
+    for chunk in chunks(p):
+        if given is not None:
+            chunk = replace(chunk, kept=given[:, :, :, chunk.rows, : chunk.kept.shape[-1]])
+        out[:, :, chunk.rows] = arrays.cast(_attend(p, chunk, v), p.q.dtype)
+    return out
+
+
+def select(p: Problem) -> Selection:
+    """The kept keys of every row."""
+    kept = arrays.full((*p.q.shape[:3], p.num_keys), False, arrays.namespace(p.q).bool, p.q)
+    for chunk in chunks(p):
+        kept[:, :, chunk.rows, : chunk.kept.shape[-1]] = _merge_heads(chunk.kept)
+    return Selection.from_kept(kept, p.rule.max_kept(p.num_keys))
+
+
+def chunks(p: Problem) -> Iterator[Chunk]:
+    """Score the keys and choose among them, some query rows at a time."""
+    batch, heads, num_queries, _ = p.q.shape
+    per_row = max(1, batch * heads * p.num_keys)
+    step = max(1, _CHUNK_ELEMENTS // per_row)
+    k = arrays.cast(p.k, arrays.compute_dtype(p.k))
+    for start in range(0, num_queries, step):
+        yield _chunk(p, k, slice(start, min(start + step, num_queries)))
+
+
+def _chunk(p: Problem, k: Array, rows: slice) -> Chunk:
+    xp = arrays.namespace(k)
+    batch, heads, num_queries, head_size = p.q.shape
+    kv_heads = k.shape[1]
+    n = p.num_keys
+    if p.is_causal:
+        n = min(n, max(0, p.first_position + rows.stop))
+
+    q = arrays.cast(p.q[:, :, rows], k.dtype)
+    grouped = q.reshape(
+        batch, kv_heads, -1, head_size
+    )  # rows of all heads of a group: one product per KV head
+    raw = xp.matmul(grouped, xp.swapaxes(k[:, :, :n], 2, 3)) * p.scale
+    raw = raw.reshape(batch, kv_heads, heads // kv_heads, rows.stop - rows.start, n)
+    scores = _softcap(raw, p.softcap)
+
+    key = arrays.arange(n, k)
+    position = (arrays.arange(num_queries, k)[rows] + p.first_position)[:, None]
+    reachable = key <= position  # [R, n]
+    allowed = reachable if p.is_causal else xp.ones_like(reachable)
+    bias = None
+    if p.mask is not None:
+        mask = _split_heads(p.mask[:, :, rows, :n], kv_heads)
+        if mask.dtype == xp.bool:
+            allowed = allowed & mask
+        else:
+            bias = arrays.cast(mask, k.dtype)
+            allowed = allowed & (bias > -xp.inf)
+            scores = scores + bias
+    kept = _kept(p, scores, allowed, reachable, key)
+    return Chunk(rows, raw, scores, bias, allowed, kept)
+
+
+def _kept(p: Problem, scores: Array, allowed: Array, reachable: Array, key: Array) -> Array:
+    """S_i = always_i u topk_i, as a boolean matrix of the shape of `scores`."""
+    xp = arrays.namespace(scores)
+    if p.keeps_all:
+        return xp.broadcast_to(allowed, scores.shape)
+    rule = p.rule
+    past = allowed & reachable
+    distance = xp.sum(past, -1)[..., None] - xp.cumsum(past, -1)  # allowed positions between j and p_i
+    always = allowed & ((key < rule.sinks) | (past & (distance < rule.window)))
+    if rule.stride:
+        always = always | (allowed & (key % rule.stride == 0))
+    return always | _top_k(scores, allowed & ~always, rule.top_k)
+
+
+def _top_k(scores: Array, candidates: Array, top_k: int) -> Array:
+    """The `top_k` best candidates of each row, all of them where there are fewer; ties to the lower index."""
+    xp = arrays.namespace(scores)
+    if top_k == 0 or scores.shape[-1] == 0:
+        return xp.zeros_like(scores, dtype=xp.bool)
+    if top_k >= scores.shape[-1]:
+        return xp.broadcast_to(candidates, scores.shape)
+    best_first = xp.where(candidates, scores, -xp.inf)
+    threshold = arrays.kth_largest(best_first, top_k)
+    above = best_first > threshold
+    level = candidates & (scores == threshold)
+    room = top_k - xp.sum(above, -1)[..., None]
+    return above | (level & (xp.cumsum(level, -1) <= room))
+
+
+def _attend(p: Problem, chunk: Chunk, v: Array) -> Array:
+    """Softmax over the kept keys and the tail: [B, H, R, Dv]."""
+    xp = arrays.namespace(v)
+    v = v[:, :, : chunk.scores.shape[-1]]
+    logits, values = xp.where(chunk.kept, chunk.scores, -xp.inf), v
+    if p.rule.tail == "centroid" and not p.keeps_all and v.shape[2] >= BLOCK:
+        tail_logits, centroids = _tail(p, chunk, v)
+        logits, values = xp.concatenate([logits, tail_logits], -1), xp.concatenate([v, centroids], 2)
+    if logits.shape[-1] == 0:
+        return arrays.full((*p.q.shape[:2], chunk.scores.shape[3], v.shape[-1]), 0, v.dtype, v)
+    peak = xp.amax(logits, -1)[..., None]
+    weights = xp.exp(logits - xp.where(peak == -xp.inf, 0, peak))
+    total = xp.sum(weights, -1)[..., None]
+    weights = weights / xp.where(total == 0, 1, total)  # an empty row stays zero
+    batch, kv_heads, group, num_rows, n = weights.shape
+    out = xp.matmul(weights.reshape(batch, kv_heads, group * num_rows, n), values)
+    return out.reshape(batch, kv_heads * group, num_rows, v.shape[-1])
+
+
+def _tail(p: Problem, chunk: Chunk, v: Array) -> tuple[Array, Array]:
+    """One logit per row and block, log n + mean score of the n dropped keys: [B, Hkv, G, R, Tk/64];
+    and the blocks' mean values [B, Hkv, Tk/64, Dv]."""
+    xp = arrays.namespace(v)
+    num_blocks = v.shape[2] // BLOCK
+
+    def blocks(x: Array) -> Array:
+        return x[..., : num_blocks * BLOCK].reshape(*x.shape[:-1], num_blocks, BLOCK)
+
+    def mean_of_dropped(x: Array) -> Array:
+        return xp.sum(xp.where(dropped, blocks(x), 0), -1) / xp.where(count == 0, 1, count)
+
+    allowed = blocks(chunk.allowed)
+    dropped = allowed & ~blocks(chunk.kept)
+    count = arrays.cast(xp.sum(dropped, -1), v.dtype)
+    mean = _softcap(mean_of_dropped(chunk.raw), p.softcap)
+    if chunk.bias is not None:
+        mean = mean + mean_of_dropped(chunk.bias)
+    summarised = allowed.all(-1) & (count > 0)
+    logits = xp.where(summarised, mean + xp.log(xp.where(count == 0, 1, count)), -xp.inf)
+    centroids = v[:, :, : num_blocks * BLOCK].reshape(*v.shape[:2], num_blocks, BLOCK, v.shape[3]).mean(3)
+    return logits, centroids
+
+
+def _softcap(scores: Array, cap: float | None) -> Array:
+    return scores if cap is None else cap * arrays.namespace(scores).tanh(scores / cap)
+
+
+def _split_heads(x: Array, kv_heads: int) -> Array:
+    """[B, H, ...] to [B, Hkv, G, ...]; a head axis of 1 stays broadcastable."""
+    heads = (1, 1) if x.shape[1] == 1 else (kv_heads, x.shape[1] // kv_heads)
+    return x.reshape(x.shape[0], *heads, *x.shape[2:])
+
+
+def _merge_heads(x: Array) -> Array:
+    """[B, Hkv, G, ...] to [B, H, ...]."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

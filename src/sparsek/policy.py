@@ -1,0 +1,93 @@
+"""From a configuration to the numbers of one attention call, and the rules of thumb for K."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .config import SparseKConfig, Tail
+
+AUTO_STEP = 16
+AUTO_MIN = 32
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a kernel is told for one call. `top_k >= Tk` means: keep every allowed key (dense attention)."""
+
+    top_k: int
+    sinks: int
+    window: int
+    stride: int
+    tail: Tail
+
+    def keeps_all(self, num_keys: int) -> bool:
+        return self.top_k >= num_keys
+
+    def max_kept(self, num_keys: int) -> int:
+        """The most keys that one row can keep, of `num_keys`."""
+        strided = -(-num_keys // self.stride) if self.stride else 0
+        return min(num_keys, self.top_k + self.sinks + self.window + strided)
+
+
+def resolve(
+    config: SparseKConfig, num_keys: int, *, layer: int | None = None, context: int | None = None
+) -> Rule:
+    """The rule for one call over `num_keys` keys.
+
+    Args:
+        layer: the layer's number, from 0; without it no layer counts as dense.
+        context: the most keys that a row can see, where that is less than `num_keys` (sliding windows).
+
+    Raises:
+        ValueError: `top_k` is given per layer and `layer` is missing or outside the list.
+    """
+    context = num_keys if context is None else min(context, num_keys)
+    budget = config.top_k
+    if isinstance(budget, tuple):
+        if layer is None or not 0 <= layer < len(budget):
+            raise ValueError(
+                f"top_k = {budget!r} gives one value for each of {len(budget)} layers: "
+                f"layer = {layer!r} must be one of 0 to {len(budget) - 1}"
+            )
+        budget = budget[layer]
+    if budget == "auto":
+        budget = auto_top_k(context)
+    if context < config.min_context or layer in config.dense_layers:
+        budget = num_keys
+    return Rule(min(budget, num_keys), config.sinks, config.window, config.stride, config.tail)
+
+
+def auto_top_k(context_length: int) -> int:
+    """About sqrt(N): the nearest multiple of 16, and at least 32."""
+    return max(AUTO_MIN, AUTO_STEP * round(math.sqrt(context_length) / AUTO_STEP))
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A range of K worth trying, and the value that "auto" would take."""
+
+    low: int
+    high: int
+    auto: int
+
+
+def recommend_k(context_length: int, num_parameters: float | None = None) -> Recommendation:
+    """The published rules of thumb for K. They are starting points: what K costs on a model must be measured.
+
+    By context: N/64 to N/32, which is 32-64 at 2048 tokens and 64-128 at 4096. By model size, where it is
+    given: 32-64 below 13 billion parameters, 64-128 below 70 billion, 128-256 from there on; the range
+    returned then spans both rules. `auto` is the sqrt(N) rule.
+
+    Raises:
+        ValueError: a value is not positive.
+    """
+    if context_length <= 0:
+        raise ValueError(f"context_length = {context_length!r}: must be a positive number of tokens")
+    low, high = max(1, context_length // 64), max(1, context_length // 32)
+    if num_parameters is not None:
+        if not num_parameters > 0:
+            raise ValueError(f"num_parameters = {num_parameters!r}: must be positive, like 7e9")
+        by_size = (32, 64) if num_parameters < 13e9 else (64, 128) if num_parameters < 70e9 else (128, 256)
+        low, high = min(low, by_size[0]), max(high, by_size[1])
+    return Recommendation(low, high, auto_top_k(context_length))

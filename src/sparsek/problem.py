@@ -1,0 +1,189 @@
+"""Problem: one attention call with its inputs checked, in the one form that every kernel takes.
+
+Inputs are checked here and nowhere else; kernels trust what they are given.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from . import arrays
+from .arrays import Array
+from .config import SparseKConfig
+from .policy import Rule, resolve
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of attention.
+
+    Attributes:
+        q: [B, H, Tq, D]. k: [B, Hkv, Tk, D]. v: [B, Hkv, Tk, Dv], or None where only the selection is wanted.
+        mask: None, or a view [1|B, 1|H, Tq, Tk]: bool (True = allowed) or floating (added to the scores).
+        is_causal: a query row sees no later position than its own.
+        first_position: position of query row 0; the rows that follow have the positions that follow.
+        scale: factor of q.k. softcap: None, or scores become softcap * tanh(score / softcap).
+        rule: what each row keeps.
+    """
+
+    q: Array
+    k: Array
+    v: Array | None
+    mask: Array | None
+    is_causal: bool
+    first_position: int
+    scale: float
+    softcap: float | None
+    rule: Rule
+
+    @property
+    def num_keys(self) -> int:
+        return int(self.k.shape[2])
+
+    @property
+    def num_queries(self) -> int:
+        return int(self.q.shape[2])
+
+    def rows(self, rows: slice) -> Problem:
+        """The same problem for the query rows [start, stop) alone."""
+        mask = None if self.mask is None else self.mask[:, :, rows]
+        return replace(self, q=self.q[:, :, rows], mask=mask, first_position=self.first_position + rows.start)
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.rule.keeps_all(self.num_keys)
+
+
+def make_problem(
+    q: Any,
+    k: Any,
+    v: Any | None,
+    *,
+    config: SparseKConfig,
+    attn_mask: Any | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    layer: int | None = None,
+    context: int | None = None,
+) -> Problem:
+    """Check the arguments of a public call and gather them.
+
+    Raises:
+        TypeError: something is not a tensor or array of a floating dtype, or not of the same kind as q.
+        ValueError: shapes do not fit each other, a number is out of range, or, with `config.check_finite`,
+            an input has NaN or infinity in it.
+    """
+    if not isinstance(config, SparseKConfig):
+        raise TypeError(f"config = {config!r}: must be a SparseKConfig")
+    tensors = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    _check_kinds(tensors)
+    _check_shapes(tensors)
+    mask = None if attn_mask is None else _checked_mask(attn_mask, q, k)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[3])
+    if not math.isfinite(scale):
+        raise ValueError(f"scale = {scale!r}: must be a finite number")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap = {softcap!r}: must be a positive number, or None")
+    if config.check_finite:
+        _check_finite(tensors, mask)
+    num_keys = int(k.shape[2])
+    return Problem(
+        q=q,
+        k=k,
+        v=v,
+        mask=mask,
+        is_causal=bool(is_causal),
+        first_position=num_keys - int(q.shape[2]),  # the queries are the last of the positions
+        scale=float(scale),
+        softcap=softcap,
+        rule=resolve(config, num_keys, layer=layer, context=context),
+    )
+
+
+def _shape(x: Any) -> str:
+    return str(list(x.shape))
+
+
+def _check_kinds(tensors: dict[str, Any]) -> None:
+    q = tensors["q"]
+    for name, x in tensors.items():
+        if not arrays.is_torch(x) and not isinstance(x, np.ndarray):
+            raise TypeError(f"{name} is a {type(x).__name__}: must be a torch tensor or a numpy array")
+        if arrays.is_torch(x) != arrays.is_torch(q):
+            raise TypeError(f"q is a {type(q).__name__} and {name} a {type(x).__name__}: must be of one kind")
+        floating = x.is_floating_point() if arrays.is_torch(x) else x.dtype.char in "efd"
+        if not floating or x.dtype.itemsize < 2:
+            raise TypeError(
+                f"{name} has dtype {x.dtype}: must be float16, bfloat16 (torch only), float32 or float64"
+            )
+        if x.dtype != q.dtype:
+            raise TypeError(f"q has dtype {q.dtype} and {name} {x.dtype}: must be the same")
+        if arrays.is_torch(x) and x.device != q.device:
+            raise ValueError(f"q is on {q.device} and {name} on {x.device}: must be on the same device")
+
+
+def _check_shapes(tensors: dict[str, Any]) -> None:
+    for name, x in tensors.items():
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name} has shape {_shape(x)}: must have 4 axes, [batch, heads, tokens, head size]"
+            )
+    q, k = tensors["q"], tensors["k"]
+    if q.shape[3] == 0:
+        raise ValueError(f"q has shape {_shape(q)}: the head size must be at least 1")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has shape {_shape(q)} and k {_shape(k)}: batch and head size must be equal")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q has {q.shape[1]} heads and k {k.shape[1]}: query heads must be a multiple of key/value heads"
+        )
+    if "v" in tensors and tensors["v"].shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"k has shape {_shape(k)} and v {_shape(tensors['v'])}: batch, heads and tokens must be equal"
+        )
+
+
+def _checked_mask(mask: Any, q: Array, k: Array) -> Array:
+    if arrays.is_torch(mask) != arrays.is_torch(q) or not hasattr(mask, "shape"):
+        raise TypeError(
+            f"attn_mask is a {type(mask).__name__} and q a {type(q).__name__}: must be of one kind"
+        )
+    xp = arrays.namespace(mask)
+    floating = mask.is_floating_point() if arrays.is_torch(mask) else mask.dtype.char in "efd"
+    if mask.dtype != xp.bool and not floating:
+        raise TypeError(
+            f"attn_mask has dtype {mask.dtype}: must be bool (True = allowed) or floating (added)"
+        )
+    if arrays.is_torch(mask) and mask.device != q.device:
+        raise ValueError(f"q is on {q.device} and attn_mask on {mask.device}: must be on the same device")
+    batch, heads, num_queries, _ = q.shape
+    full = (batch, heads, num_queries, k.shape[2])
+    padded = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+    if len(padded) != 4 or any(have not in (1, want) for have, want in zip(padded, full, strict=True)):
+        raise ValueError(
+            f"attn_mask has shape {_shape(mask)}: must broadcast to [B, H, Tq, Tk] = {list(full)}"
+        )
+    return xp.broadcast_to(mask.reshape(padded), (*padded[:2], *full[2:]))
+
+
+def _check_finite(tensors: dict[str, Any], mask: Array | None) -> None:
+    for name, x in tensors.items():
+        xp = arrays.namespace(x)
+        bad = ~xp.isfinite(x)
+        if bool(bad.any()):
+            where = [int(axis[0]) for axis in arrays.nonzero(bad)]
+            raise ValueError(
+                f"{name} has {float(x[tuple(where)])} at {where}: NaN or infinity cannot be attended"
+            )
+    if mask is not None and mask.dtype != arrays.namespace(mask).bool:
+        xp = arrays.namespace(mask)
+        if bool((xp.isnan(mask) | (mask == math.inf)).any()):
+            raise ValueError(
+                "attn_mask has NaN or +infinity in it: must be finite, or -infinity where forbidden"
+            )

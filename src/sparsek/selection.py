@@ -1,0 +1,47 @@
+"""Selection: the keys that each query keeps, as lists of positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import arrays
+from .arrays import Array
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The kept keys of every query row.
+
+    Attributes:
+        indices: int32 [B, H, Tq, M], key positions in rising order, padded with -1 at the end.
+        counts: int32 [B, H, Tq], how many of them are real.
+        num_keys: Tk, the number of keys chosen from.
+    """
+
+    indices: Array
+    counts: Array
+    num_keys: int
+
+    @classmethod
+    def from_kept(cls, kept: Array, width: int) -> Selection:
+        """From a boolean matrix [B, H, Tq, Tk] that has at most `width` true elements a row."""
+        xp = arrays.namespace(kept)
+        flat = kept.reshape(-1, kept.shape[-1])
+        counts = xp.sum(flat, -1)
+        row, column = arrays.nonzero(flat)
+        starts = xp.cumsum(counts, 0) - counts
+        indices = arrays.full((flat.shape[0], width), -1, xp.int32, kept)
+        indices[row, arrays.arange(row.shape[0], kept) - starts[row]] = arrays.cast(column, xp.int32)
+        return cls(
+            indices.reshape(*kept.shape[:-1], width),
+            arrays.cast(counts, xp.int32).reshape(kept.shape[:-1]),
+            kept.shape[-1],
+        )
+
+    def to_mask(self) -> Array:
+        """Boolean [B, H, Tq, Tk], True where the key is kept."""
+        xp = arrays.namespace(self.indices)
+        mask = arrays.full((*self.indices.shape[:-1], self.num_keys), False, xp.bool, self.indices)
+        *where, slot = arrays.nonzero(self.indices >= 0)
+        mask[(*where, arrays.cast(self.indices[(*where, slot)], xp.int64))] = True
+        return mask

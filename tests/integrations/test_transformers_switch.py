@@ -1,0 +1,117 @@
+"""Switching Sparse-K on and off in a model, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import LAYERS, gpt_oss, llama, tokens
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
+
+from sparsek import SparseKConfig
+from sparsek.integrations import transformers as integration
+
+CONFIG = SparseKConfig(top_k=3, sinks=1, window=2, dense_layers=(), min_context=0)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(tokens(1, 60), use_cache=False).logits
+
+
+def test_enable_then_disable_restores_the_model() -> None:
+    model = llama()
+    model.set_attn_implementation("eager")
+    before = logits(model)
+    assert integration.enable(model, CONFIG) is model
+    assert integration.current_config(model) == CONFIG
+    assert not torch.equal(logits(model), before)
+    integration.disable(model)
+    assert model.config._attn_implementation == "eager"
+    assert integration.current_config(model) is None
+    assert torch.equal(logits(model), before)
+
+
+def test_disable_without_enable_changes_nothing() -> None:
+    model = llama()
+    before = model.config._attn_implementation
+    integration.disable(model)
+    assert model.config._attn_implementation == before
+
+
+def test_context_manager_restores_what_was_there() -> None:
+    model = llama()
+    with integration.enabled(model, CONFIG):
+        inner = SparseKConfig.pure(7)
+        with integration.enabled(model, inner):
+            assert integration.current_config(model) == inner
+        assert integration.current_config(model) == CONFIG
+    assert integration.current_config(model) is None
+    with pytest.raises(RuntimeError, match="inside"), integration.enabled(model, CONFIG):
+        raise RuntimeError("inside")
+    assert integration.current_config(model) is None
+
+
+def test_two_models_have_their_own_configurations() -> None:
+    one, other = integration.enable(llama(), CONFIG), integration.enable(llama(), SparseKConfig.pure(999))
+    assert not torch.equal(logits(one), logits(other))
+    torch.testing.assert_close(logits(other), logits(integration.disable(other)), rtol=1e-4, atol=1e-4)
+
+
+def test_from_pretrained_takes_the_name_and_the_saved_configuration(tmp_path: Path) -> None:
+    saved = integration.enable(llama(), CONFIG)
+    saved.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sparsek").eval()
+    assert integration.current_config(loaded) == CONFIG
+    torch.testing.assert_close(logits(loaded), logits(saved))
+
+
+def test_default_configuration() -> None:
+    assert integration.current_config(integration.enable(llama())) == SparseKConfig()
+
+
+def test_one_budget_per_layer() -> None:
+    everything_but_last = SparseKConfig.pure((1000, 1000, 2))
+    model, seen = integration.enable(llama(), everything_but_last), {}
+    with integration.observed(lambda layer, problem, _: seen.update({layer: problem.rule.top_k})):
+        logits(model)
+    assert seen == {0: 60, 1: 60, 2: 2}
+
+
+def test_wrong_number_of_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"top_k has 2 values and the model {LAYERS} layers"):
+        integration.enable(llama(), SparseKConfig.pure((1, 2)))
+
+
+def test_training_is_refused() -> None:
+    model = integration.enable(llama(), CONFIG).train()
+    with pytest.raises(NotImplementedError, match=r"does not support training: call model\.eval\(\)"):
+        logits(model)
+
+
+def test_gradients_are_refused() -> None:
+    model = integration.enable(llama(), CONFIG)
+    loss = model(tokens(1, 20), use_cache=False).logits.sum()
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        loss.backward()
+
+
+def test_attention_weights_are_refused() -> None:
+    model = integration.enable(llama(), CONFIG)
+    with pytest.raises(NotImplementedError, match="no attention weights"):
+        model(tokens(1, 20), output_attentions=True)
+
+
+def test_attention_sinks_of_the_model_are_refused() -> None:
+    model = integration.enable(gpt_oss(), CONFIG)
+    with pytest.raises(NotImplementedError, match="GptOssAttention passes 's_aux'"):
+        logits(model)
+
+
+def test_model_with_attention_of_its_own_is_refused() -> None:
+    model = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)).eval()
+    with pytest.raises(ValueError, match="BloomForCausalLM does not take its attention"):
+        integration.enable(model, CONFIG)
+    assert integration.current_config(model) is None
