@@ -15,9 +15,10 @@ from sparsek import SparseKConfig
 from sparsek.bench.counts import scores_used
 from sparsek.bench.model import BenchRecord, Test, bench
 from sparsek.bench.text import read_text, take_tokens
-from sparsek.cli.output import markdown_table, progress
+from sparsek.cli.output import progress
 from sparsek.engines.base import Engine, open_engine
 from sparsek.evaluate.quality import EvalRecord, evaluate
+from sparsek.report.tables import markdown_table
 
 PROMPT_TOKENS = 2000
 ANSWER_TOKENS = 48

@@ -7,6 +7,7 @@ imported here: an array that is a tensor proves that it is loaded already.
 from __future__ import annotations
 
 import sys
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,11 @@ def kth_largest(x: Array, k: int) -> Array:
         return x.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     n = x.shape[-1]
     return np.partition(x, n - k, axis=-1)[..., n - k, None]
+
+
+def maximum(parts: list[Array]) -> Array:
+    """Elementwise, over arrays of one shape."""
+    return reduce(namespace(parts[0]).maximum, parts)
 
 
 def nonzero(x: Array) -> tuple[Array, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import WINDOW, gemma2, gemma3, llama, tokens, use_oracle
+from .tiny_models import WINDOW, gemma2, gemma3, llama, tokens, use_oracle
 from transformers import DynamicCache, StaticCache
 
 from sparsek import SparseKConfig

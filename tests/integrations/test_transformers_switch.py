@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import LAYERS, gpt_oss, llama, tokens
+from .tiny_models import LAYERS, gpt_oss, llama, tokens
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from sparsek import SparseKConfig

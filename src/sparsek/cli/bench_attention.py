@@ -29,7 +29,7 @@ _HEADS, _KV_HEADS, _HEAD_DIM = 9, 3, 64
 
 @click.command("bench-attention")
 @click.option(
-    "--tokens", type=Counts(), default="8192", show_default=True, help="Keys, and queries unless given."
+    "--tokens", type=Counts(1), default="8192", show_default=True, help="Keys, and queries unless given."
 )
 @click.option("--queries", type=click.IntRange(1), help="Query rows, the last of the tokens.  [default: all]")
 @click.option("--heads", type=click.IntRange(1), default=_HEADS, show_default=True, help="Query heads.")
@@ -110,6 +110,8 @@ def command(
     configs = [config for budget in top_k if (config := with_budget(make_config(**rule), budget))]
     if not configs:
         raise click.UsageError("-k 0 is dense attention, which is the baseline: give a K to measure")
+    if queries is not None and queries > min(tokens):
+        raise click.UsageError(f"{queries} queries are more than {min(tokens)} tokens")
     count = use_threads(threads)
     records = []
     with progress(

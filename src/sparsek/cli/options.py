@@ -34,17 +34,20 @@ class Budgets(click.ParamType[Any]):
 
 
 class Counts(click.ParamType[Any]):
-    """A comma list of token counts."""
+    """A comma list of token counts, each at least `minimum`."""
 
     name = "n,..."
+
+    def __init__(self, minimum: int = 0) -> None:
+        self.minimum = minimum
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         if not isinstance(value, str):
             return list(value)
         parts = [part.strip() for part in value.split(",")]
         for part in parts:
-            if not part.isdecimal():
-                self.fail(f"{part!r} is not a number of tokens", param, ctx)
+            if not part.isdecimal() or int(part) < self.minimum:
+                self.fail(f"{part!r} is not a number of tokens >= {self.minimum}", param, ctx)
         return [int(part) for part in parts]
 
 
@@ -102,7 +105,7 @@ def make_config(
     if config_file is not None:
         try:
             config = SparseKConfig.from_json(Path(config_file).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{config_file}: {error}") from None
     if pure:
         config = SparseKConfig.pure(config.top_k)

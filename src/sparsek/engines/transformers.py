@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -39,8 +40,9 @@ class TransformersEngine:
             self.model_config = SparseKConfig.from_gguf_metadata(read_gguf(path))
         dtype = torch.float32 if device == "cpu" else "auto"
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
-            self._tokenizer = AutoTokenizer.from_pretrained(**source)
+            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
+                loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
+                self._tokenizer = AutoTokenizer.from_pretrained(**source)
         except (OSError, KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"Transformers cannot load {path}: {_first_line(error)}") from error
         self._model = loaded.eval().to(device)

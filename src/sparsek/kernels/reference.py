@@ -101,11 +101,11 @@ def _chunk(p: Problem, k: Array, rows: slice) -> Chunk:
     if p.is_causal:
         n = min(n, max(0, p.first_position + rows.stop))
 
-    q = arrays.cast(p.q[:, :, rows], k.dtype)
+    q = arrays.cast(p.q[:, :, rows], k.dtype) * p.scale
     grouped = q.reshape(
         batch, kv_heads, -1, head_size
     )  # rows of all heads of a group: one product per KV head
-    raw = xp.matmul(grouped, xp.swapaxes(k[:, :, :n], 2, 3)) * p.scale
+    raw = xp.matmul(grouped, xp.swapaxes(k[:, :, :n], 2, 3))
     raw = raw.reshape(batch, kv_heads, heads // kv_heads, rows.stop - rows.start, n)
     scores = _softcap(raw, p.softcap)
 
@@ -149,29 +149,36 @@ def _top_k(scores: Array, candidates: Array, top_k: int) -> Array:
         return xp.broadcast_to(candidates, scores.shape)
     best_first = xp.where(candidates, scores, -xp.inf)
     threshold = arrays.kth_largest(best_first, top_k)
+    chosen = candidates & (best_first >= threshold)
+    if not bool((xp.sum(chosen, -1) > top_k).any()):
+        return chosen
     above = best_first > threshold
-    level = candidates & (scores == threshold)
+    level = chosen & ~above
     room = top_k - xp.sum(above, -1)[..., None]
     return above | (level & (xp.cumsum(level, -1) <= room))
 
 
 def _attend(p: Problem, chunk: Chunk, v: Array) -> Array:
-    """Softmax over the kept keys and the tail: [B, H, R, Dv]."""
+    """Softmax over the kept keys and, as further keys, the centroids: [B, H, R, Dv]."""
     xp = arrays.namespace(v)
     v = v[:, :, : chunk.scores.shape[-1]]
-    logits, values = xp.where(chunk.kept, chunk.scores, -xp.inf), v
-    if p.rule.tail == "centroid" and not p.keeps_all and v.shape[2] >= BLOCK:
-        tail_logits, centroids = _tail(p, chunk, v)
-        logits, values = xp.concatenate([logits, tail_logits], -1), xp.concatenate([v, centroids], 2)
-    if logits.shape[-1] == 0:
-        return arrays.full((*p.q.shape[:2], chunk.scores.shape[3], v.shape[-1]), 0, v.dtype, v)
-    peak = xp.amax(logits, -1)[..., None]
-    weights = xp.exp(logits - xp.where(peak == -xp.inf, 0, peak))
-    total = xp.sum(weights, -1)[..., None]
-    weights = weights / xp.where(total == 0, 1, total)  # an empty row stays zero
-    batch, kv_heads, group, num_rows, n = weights.shape
-    out = xp.matmul(weights.reshape(batch, kv_heads, group * num_rows, n), values)
-    return out.reshape(batch, kv_heads * group, num_rows, v.shape[-1])
+    batch, kv_heads, group, num_rows, n = chunk.scores.shape
+    if n == 0:
+        return arrays.full((batch, kv_heads * group, num_rows, v.shape[-1]), 0, v.dtype, v)
+    parts = [(xp.where(chunk.kept, chunk.scores, -xp.inf), v)]
+    if p.rule.tail == "centroid" and not p.keeps_all and n >= BLOCK:
+        parts.append(_tail(p, chunk, v))
+    peak = arrays.maximum([xp.amax(logits, -1) for logits, _ in parts])[..., None]
+    peak = xp.where(peak == -xp.inf, 0, peak)
+    out, total = 0, 0
+    for logits, values in parts:
+        weights = xp.exp(logits - peak)
+        total = total + xp.sum(weights, -1)[..., None]
+        out = out + xp.matmul(weights.reshape(batch, kv_heads, group * num_rows, -1), values)
+    total = xp.where(total == 0, 1, total)  # an empty row stays zero
+    return (out.reshape(batch, kv_heads, group, num_rows, -1) / total).reshape(
+        batch, kv_heads * group, num_rows, v.shape[-1]
+    )
 
 
 def _tail(p: Problem, chunk: Chunk, v: Array) -> tuple[Array, Array]:

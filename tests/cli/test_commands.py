@@ -1,0 +1,166 @@
+"""Every command, on the embedded model, at sizes that take seconds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsek import SparseKConfig
+from sparsek.bench.attention_call import AttentionRecord
+from sparsek.bench.model import BenchRecord
+from sparsek.cli import COMMANDS
+from sparsek.evaluate.quality import EvalRecord
+
+from .conftest import Sparsek
+
+SPARSE = ["--min-context", "0", "--dense-layers", "0,1"]
+
+
+def fields(record: type) -> set[str]:
+    return set(record.__dataclass_fields__)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_examples(sparsek: Sparsek, name: str) -> None:
+    text = sparsek(name, "--help")
+    assert f"sparsek {name}" in text
+    assert "Examples:" in text
+
+
+def test_top_level_help_lists_the_commands(sparsek: Sparsek) -> None:
+    text = sparsek("--help")
+    assert all(name in text for name in COMMANDS)
+
+
+def test_help_needs_nothing_heavy() -> None:
+    """--help must be instant: no PyTorch behind it."""
+    code = "import sys; from sparsek.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_info_tells_the_processor_and_the_kernels(sparsek: Sparsek) -> None:
+    facts = json.loads(sparsek("info", "-o", "json", "--context", "8192"))
+    assert facts["processor"]["threads"] >= 1
+    assert facts["processor"]["instruction set"] in facts["processor"]["SPARSEK_ISA can be"]
+    assert facts["engines"]["transformers"] == "ready"
+    assert facts["auto at 8192 tokens"]["K"].startswith("96")
+    assert "reference" in sparsek("info")
+
+
+@pytest.mark.model
+def test_run_answers(sparsek: Sparsek) -> None:
+    text = sparsek("run", "-p", "What is the capital of France?", "-n", "16", "-k", "16", *SPARSE)
+    assert "Paris" in text
+
+
+@pytest.mark.model
+def test_run_reads_a_file_and_continues_it(
+    sparsek: Sparsek, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("One, two, three, four, five, six,")
+    assert "seven" in sparsek("run", "-f", str(file), "--raw", "-n", "4", "-k", "0")
+    capsys.readouterr()
+
+
+@pytest.mark.model
+def test_bench_records(sparsek: Sparsek) -> None:
+    options = ["-p", "96", "-n", "3", "-d", "0,64", "-k", "0,8", "-r", "2", *SPARSE]
+    records = json.loads(sparsek("bench", *options, "-o", "json"))
+    assert [(r["n_prompt"], r["n_gen"], r["n_depth"], r["top_k"]) for r in records] == [
+        (96, 0, 0, 0),
+        (96, 0, 0, 8),
+        (0, 3, 0, 0),
+        (0, 3, 0, 8),
+        (0, 3, 64, 0),
+        (0, 3, 64, 8),
+    ]
+    for record in records:
+        assert set(record) == fields(BenchRecord)
+        assert record["avg_ts"] > 0
+        assert len(record["samples_ns"]) == 2
+        assert record["environment"]["torch_version"]
+        sparse = record["top_k"] != 0
+        assert (record["speedup"] is not None) == sparse
+        assert (record["verified_rows"] > 0) == sparse
+        if sparse:
+            assert SparseKConfig.from_dict(record["config"]).top_k == 8
+            assert record["max_abs_err"] < 1e-4
+
+
+@pytest.mark.parametrize("inputs", ["random", pytest.param("model", marks=pytest.mark.model)])
+def test_bench_attention_records(sparsek: Sparsek, inputs: str) -> None:
+    options = ["--tokens", "300,130", "-k", "8", "--inputs", inputs, "-r", "3", *SPARSE]
+    records = json.loads(sparsek("bench-attention", *options, "-o", "json"))
+    assert [r["tokens"] for r in records] == [300, 130]
+    for record in records:
+        assert set(record) == fields(AttentionRecord)
+        assert record["max_abs_err"] < 1e-5
+        assert record["verified_rows"] >= 64
+        assert record["ratio_low"] <= record["ratio"] <= record["ratio_high"]
+        assert (record["heads"], record["kv_heads"], record["head_dim"]) == (9, 3, 64)
+
+
+@pytest.mark.parametrize("baseline", ["topk-mask", "none"])
+def test_bench_attention_baselines(sparsek: Sparsek, baseline: str) -> None:
+    options = ["--tokens", "200", "--queries", "3", "-k", "8", "--baseline", baseline, "-r", "1", *SPARSE]
+    (record,) = json.loads(sparsek("bench-attention", *options, "-o", "json"))
+    assert record["queries"] == 3
+    assert (record["ratio"] is None) == (baseline == "none")
+
+
+def test_output_formats_agree(sparsek: Sparsek) -> None:
+    options = ["bench-attention", "--tokens", "100,120", "-k", "4", "-r", "1", "--heads", "3", *SPARSE]
+    table = sparsek(*options, "-o", "md").splitlines()
+    assert [len(line) for line in table] == [len(table[0])] * 4
+    lines = [json.loads(line) for line in sparsek(*options, "-o", "jsonl").splitlines()]
+    rows = list(csv.DictReader(io.StringIO(sparsek(*options, "-o", "csv"))))
+    assert [line["tokens"] for line in lines] == [int(row["tokens"]) for row in rows] == [100, 120]
+    assert json.loads(rows[0]["config"]) == lines[0]["config"]
+
+
+@pytest.mark.model
+def test_eval_records(sparsek: Sparsek) -> None:
+    options = ["--context", "128", "--windows", "2", "-k", "8,auto", *SPARSE]
+    records = json.loads(sparsek("eval", *options, "-o", "json"))
+    assert [r["top_k"] for r in records] == [8, "auto"]
+    for record in records:
+        assert set(record) == fields(EvalRecord)
+        assert record["ppl_ratio"] == pytest.approx(record["ppl"] / record["ppl_dense"])
+        assert 0 < record["mass_mean"] <= 1
+    assert records[0]["kl_mean"] > records[1]["kl_mean"] > 0
+
+
+@pytest.mark.model
+def test_eval_of_keeping_everything_costs_nothing(sparsek: Sparsek) -> None:
+    (record,) = json.loads(sparsek("eval", "--context", "128", "-k", "128", "--pure", "-o", "json"))
+    assert record["ppl_ratio"] == pytest.approx(1, abs=1e-5)
+    assert record["kl_mean"] == pytest.approx(0, abs=1e-6)
+    assert record["same_top"] == 1
+
+
+@pytest.mark.model
+def test_default_configuration_costs_little_and_pure_top_k_much(sparsek: Sparsek) -> None:
+    """The quality that the project promises, on real text."""
+    (default,) = json.loads(sparsek("eval", "--context", "2048", "-k", "48", "-o", "json"))
+    assert default["ppl_ratio"] < 1.02
+    assert default["kl_mean"] < 0.012
+    (pure,) = json.loads(sparsek("eval", "--context", "2048", "-k", "48", "--pure", "-o", "json"))
+    assert pure["ppl_ratio"] > 1.03
+    assert pure["kl_mean"] > 4 * default["kl_mean"]
+
+
+@pytest.mark.model
+def test_config_file_and_options_on_top_of_it(sparsek: Sparsek, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(SparseKConfig(top_k=5, sinks=1, window=3, min_context=0).to_json())
+    options = ["--config", str(file), "--window", "9", "--dense-layers", "none", "--context", "64"]
+    (record,) = json.loads(sparsek("eval", *options, "-k", "5", "-o", "json"))
+    expected = SparseKConfig(top_k=5, sinks=1, window=9, min_context=0, dense_layers=())
+    assert SparseKConfig.from_dict(record["config"]) == expected

@@ -1,0 +1,115 @@
+"""Bad input: exit code 2 and one line that quotes it and says what to do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sparsek.cli import main
+from sparsek.engines.model_file import embedded_model
+
+from .conftest import Sparsek
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["run"], "prompt is empty: pass -p TEXT or -f FILE"),
+        (["run", "-p", " "], "prompt is empty"),
+        (["run", "-p", "x", "-k", "32,64"], "-k 32,64: run takes one K"),
+        (["run", "-p", "x", "-k", "many"], "'many' is not a K"),
+        (["run", "-p", "x", "-k", "-3"], "'-3' is not a K"),
+        (["run", "-p", "x", "-n", "0"], "0 is not in the range"),
+        (["run", "-p", "x", "-m", "/no/such.gguf"], "no such model: /no/such.gguf"),
+        (["run", "-f", "/no/such.txt"], "No such file or directory: '/no/such.txt'"),
+        (["run", "-p", "x", "--engine", "abacus"], "'abacus' is not 'transformers'"),
+        (["run", "-p", "x", "--sinks", "-1"], "sinks = -1: must be an integer from 0"),
+        (["run", "-p", "x", "--tail", "cut"], "'cut' is not one of"),
+        (["run", "-p", "x", "--dense-layers", "first"], "dense_layers = 'first'"),
+        (["run", "-p", "x", "--threads", "0"], "0 is not in the range"),
+        (["bench", "-p", "0", "-n", "0"], "nothing to measure"),
+        (["bench", "-p", "12,a"], "'a' is not a number of tokens"),
+        (["bench", "-p", "9000", "-n", "0", "-k", "0"], "9000 tokens are more than the model's context of 8192"),
+        (["eval", "--context", "9000"], "context = 9000: must be 2 to 8192"),
+        (["eval", "--context", "1"], "context = 1: must be 2 to 8192"),
+        (["eval", "--windows", "0"], "windows = 0: must be at least 1"),
+        (["eval", "-k", "0"], "nothing to compare it with"),
+        (["bench-attention", "--heads", "9", "--kv-heads", "2", "--tokens", "64"], "q has 9 heads and k 2"),
+        (["bench-attention", "--tokens", "0"], "'0' is not a number of tokens >= 1"),
+        (["bench-attention", "--tokens", "8", "--queries", "9"], "9 queries are more than 8 tokens"),
+        (["bench-attention", "--inputs", "model", "--layer", "30", "--tokens", "8"], "layer = 30: the model has"),
+        (["bench-attention", "-k", "0"], "give a K to measure"),
+        (["info", "--context", "0"], "0 is not in the range"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_error_line(sparsek_fails: Sparsek, arguments: list[str], message: str) -> None:
+    assert message in sparsek_fails(*arguments)
+
+
+def test_prompt_longer_than_the_context(sparsek_fails: Sparsek, tmp_path: Path) -> None:
+    file = tmp_path / "long.txt"
+    file.write_text("word " * 9000)
+    line = sparsek_fails("run", "-f", str(file), "--raw", "-n", "10")
+    assert re.search(r"the prompt has 9\d\d\d tokens and 10 are to be generated: 9\d\d\d is more", line)
+    assert line.endswith("the model's context of 8192")
+
+
+def test_model_that_is_not_gguf(sparsek_fails: Sparsek, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"PK\x03\x04 not a model")
+    assert f"not a GGUF file (it begins with b'PK\\x03\\x04'): {file}" in sparsek_fails(
+        "run", "-p", "x", "-m", str(file)
+    )
+
+
+@pytest.mark.parametrize("size", [4, 20, 1000, 2_000_000, 50_000_000])
+def test_truncated_model(sparsek_fails: Sparsek, tmp_path: Path, size: int) -> None:
+    file = tmp_path / "cut.gguf"
+    with embedded_model().open("rb") as whole:
+        file.write_bytes(whole.read(size))
+    assert "truncated GGUF file" in sparsek_fails("run", "-p", "x", "-m", str(file))
+
+
+def test_directory_without_a_model(sparsek_fails: Sparsek, tmp_path: Path) -> None:
+    assert "it has no config.json" in sparsek_fails("run", "-p", "x", "-m", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the text is empty"),
+        (b"  \n ", "the text is empty"),
+        (b"\xff\xfe\x00binary", "not a UTF-8 text"),
+        (b"too short", "the text has 2 tokens"),
+    ],
+)
+def test_bad_text(sparsek_fails: Sparsek, tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "text.txt"
+    file.write_bytes(content)
+    assert message in sparsek_fails("eval", "--text", str(file), "--context", "64")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a JSON configuration"),
+        ("[1]", "must be an object of fields"),
+        ('{"topk": 3}', "unknown field 'topk': known are top_k"),
+        ('{"top_k": -3}', "top_k = -3"),
+    ],
+)
+def test_bad_configuration_file(sparsek_fails: Sparsek, tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    line = sparsek_fails("run", "-p", "x", "--config", str(file))
+    assert str(file) in line
+    assert message in line
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(FileNotFoundError, match="no such model"):
+        main(["run", "-p", "x", "-m", "/no/such.gguf", "--debug"])

@@ -1,0 +1,171 @@
+"""The oracle: Sparse-K attention by brute force, one query row at a time, in float64.
+
+Written from the definition alone and slow on purpose: Python sets and `sorted` instead of matrices, so that
+a reader can see that it is right. For query row i at position p (the rows are the last of the positions):
+
+    scores   s_j = scale * q.k_j, then softcap, then the additive mask
+    allowed  what causality and the mask leave
+    always   allowed keys among the first `sinks`, the last `window` allowed ones up to p, multiples of `stride`
+    best     the `top_k` best of the other allowed keys; equal scores: the lower position first
+    tail     for each aligned block of 64 keys, all of them allowed: n exp(mean score) for its n dropped keys,
+             with the mean value of the block
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .strategies import Call
+
+BLOCK = 64
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One query row. `scores` is `softcap(raw) + bias`; the sets hold key positions.
+
+    `magnitude` is the largest sum of |products| behind a score: rounding errors grow with it.
+    """
+
+    raw: Array
+    bias: Array
+    scores: Array
+    magnitude: float
+    allowed: set[int]
+    always: set[int]
+    best: set[int]
+
+    @property
+    def kept(self) -> set[int]:
+        return self.always | self.best
+
+
+def rows(call: Call) -> Iterator[tuple[tuple[int, int, int], Row]]:
+    """All rows of the call, with their index (batch, query head, query)."""
+    q, k = to_float64(call.q), to_float64(call.k)
+    batch, heads, num_queries, head_size = q.shape
+    kv_heads, num_keys = k.shape[1:3]
+    scale = 1 / math.sqrt(head_size) if call.scale is None else call.scale
+    mask_allows, bias = _mask(call, (batch, heads, num_queries, num_keys))
+    for b, h, i in np.ndindex(batch, heads, num_queries):
+        keys = k[b, h // (heads // kv_heads)]
+        position = num_keys - num_queries + i
+        allowed = {j for j in range(num_keys) if mask_allows[b, h, i, j]}
+        if call.is_causal:
+            allowed = {j for j in allowed if j <= position}
+        raw = scale * (keys @ q[b, h, i])
+        scores = softcap(raw, call.softcap) + bias[b, h, i]
+        magnitude = abs(scale) * float(np.max(abs(keys) @ abs(q[b, h, i]), initial=0))
+        always = _always(call, allowed, position)
+        best = _best(scores, allowed - always, call.config.top_k)
+        yield (b, h, i), Row(raw, bias[b, h, i], scores, magnitude, allowed, always, best)
+
+
+def kept(call: Call) -> Array:
+    """The kept keys: bool [B, H, Tq, Tk]."""
+    matrix = np.zeros((*call.q.shape[:3], call.k.shape[2]), dtype=bool)
+    for where, row in rows(call):
+        matrix[where][list(row.kept)] = True
+    return matrix
+
+
+def attention(call: Call, given: Array | None = None) -> Array:
+    """The output, float64 [B, H, Tq, Dv], over the kept keys, or over a `given` kept set."""
+    v = to_float64(call.v)
+    group = call.q.shape[1] // call.k.shape[1]
+    out = np.zeros((*call.q.shape[:3], v.shape[3]))
+    for (b, h, i), row in rows(call):
+        kept_keys = row.kept if given is None else set(map(int, np.flatnonzero(given[b, h, i])))
+        out[b, h, i] = _attend(call, row, kept_keys, v[b, h // group])
+    return out
+
+
+def assert_kept(call: Call, got: Array) -> None:
+    """Fail unless `got`, bool [B, H, Tq, Tk], is a right kept set for every row of the call.
+
+    Where rounding cannot reorder the scores, the set must be the one kept set, ties included. Elsewhere a
+    kept key may be worse than the K-th best, or a dropped one better, by eps at most.
+    """
+    unit = 1e-12 if "float64" in str(call.q.dtype) else 1e-5
+    for where, row in rows(call):
+        keys = set(map(int, np.flatnonzero(got[where])))
+        if call.exact:
+            assert keys == row.kept, where
+            continue
+        assert row.always <= keys <= row.allowed, where
+        others = row.allowed - row.always
+        chosen, dropped = keys - row.always, others - keys
+        assert len(chosen) == len(row.best), where
+        if not row.best:
+            continue
+        kth = min(row.scores[j] for j in row.best)
+        # The last term matters for huge inputs only: there large products cancel into a small K-th score.
+        eps = unit * max(1, abs(kth), row.magnitude / 10)
+        assert all(row.scores[j] >= kth - eps for j in chosen), where
+        assert all(row.scores[j] <= kth + eps for j in dropped), where
+
+
+def to_float64(x: Any) -> Array:
+    """A NumPy array, or a tensor of any dtype, as a float64 (or, for bool, a bool) array."""
+    if hasattr(x, "detach"):
+        x = x.detach()
+        x = x.numpy() if "bool" in str(x.dtype) else x.double().numpy()
+    return x if x.dtype == bool else x.astype(np.float64)
+
+
+def softcap(scores: Any, cap: float | None) -> Any:
+    return scores if cap is None else cap * np.tanh(scores / cap)
+
+
+def _mask(call: Call, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """What the mask allows and what it adds, both of the full shape."""
+    if call.attn_mask is None:
+        return np.ones(shape, dtype=bool), np.zeros(shape)
+    mask = np.broadcast_to(to_float64(call.attn_mask), shape)
+    if mask.dtype == bool:
+        return mask, np.zeros(shape)
+    return mask > -np.inf, np.where(mask > -np.inf, mask, 0)
+
+
+def _always(call: Call, allowed: set[int], position: int) -> set[int]:
+    config = call.config
+    always = {j for j in allowed if j < config.sinks}
+    up_to_here = sorted(j for j in allowed if j <= position)
+    always |= set(up_to_here[max(0, len(up_to_here) - config.window) :])
+    if config.stride > 0:
+        always |= {j for j in allowed if j % config.stride == 0}
+    return always
+
+
+def _best(scores: Array, candidates: set[int], top_k: Any) -> set[int]:
+    return set(sorted(candidates, key=lambda j: (-scores[j], j))[:top_k])
+
+
+def _attend(call: Call, row: Row, kept_keys: set[int], values: Array) -> Array:
+    """Softmax over the kept keys and the tail's terms; zeros where there is neither."""
+    terms = [(row.scores[j], values[j]) for j in sorted(kept_keys)]
+    if call.config.tail == "centroid":
+        terms += _tail(call, row, kept_keys, values)
+    if not terms:
+        return np.zeros(values.shape[1])
+    peak = max(score for score, _ in terms)
+    weights = np.array([math.exp(score - peak) for score, _ in terms])
+    return weights @ np.stack([value for _, value in terms]) / weights.sum()
+
+
+def _tail(call: Call, row: Row, kept_keys: set[int], values: Array) -> list[tuple[float, Array]]:
+    """(log weight, value) of each block that has a term."""
+    terms = []
+    for start in range(0, len(values) - BLOCK + 1, BLOCK):
+        block = range(start, start + BLOCK)
+        dropped = [j for j in block if j not in kept_keys]
+        if dropped and row.allowed.issuperset(block):
+            mean = softcap(row.raw[dropped].mean(), call.softcap) + row.bias[dropped].mean()
+            terms.append((math.log(len(dropped)) + mean, values[start : start + BLOCK].mean(0)))
+    return terms

@@ -1,0 +1,116 @@
+"""Write what is generated in README.md and docs/: tables from committed records, and the command line's help.
+
+    python tools/generate_docs.py           writes
+    python tools/generate_docs.py --check   fails when something is not up to date
+
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparsek.cli import COMMANDS, cli
+from sparsek.report.tables import markdown_table
+
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "benchmarks"
+
+
+def main() -> int:
+    wanted = {ROOT / "README.md": _filled(ROOT / "README.md"), ROOT / "docs" / "cli.md": _cli_page()}
+    stale = [file for file, text in wanted.items() if not file.exists() or file.read_text() != text]
+    if "--check" in sys.argv:
+        for file in stale:
+            print(f"{file.relative_to(ROOT)} is not up to date: run `make docs`")
+        return 1 if stale else 0
+    for file in stale:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(wanted[file])
+        print(f"wrote {file.relative_to(ROOT)}")
+    return 0
+
+
+def quality() -> str:
+    """What K costs: evaluation records."""
+    records = _records("quality.json")
+    rows = [
+        [
+            "plain top-K" if r["config"]["window"] == 0 else "default form",
+            str(r["top_k"]),
+            f"{r['kept_mean']:.0f}",
+            f"{r['ppl_ratio']:.3f}",
+            f"{r['kl_mean']:.3f}",
+            f"{r['same_top']:.2f}",
+            f"{r['mass_mean']:.2f}",
+        ]
+        for r in records
+    ]
+    titles = ["selection", "K", "keys kept", "perplexity ratio", "KL", "same top token", "mass kept"]
+    first = records[0]
+    return f"{markdown_table(titles, rows)}\n\n{first['model']}, {first['context']} tokens of {first['text']}."
+
+
+def speed() -> str:
+    """What K gains: records of whole models."""
+    records = _records("speed-transformers.json")
+    rows = [
+        [
+            _test(r),
+            "dense" if r["top_k"] == 0 else str(r["top_k"]),
+            f"{r['avg_ts']:.1f} ± {r['stddev_ts']:.1f}",
+            "" if r["speedup"] is None else f"{r['speedup']:.2f}",
+        ]
+        for r in records
+    ]
+    first, machine = records[0], records[0]["environment"]
+    return (
+        f"{markdown_table(['test', 'K', 'tokens/s', 'ratio to dense'], rows)}\n\n"
+        f"{first['model']} in Transformers {machine['transformers_version']}, {first['n_threads']} threads, "
+        f"{machine['cpu']} ({machine['isa']}), PyTorch {machine['torch_version']}."
+    )
+
+
+PARTS: dict[str, Callable[[], str]] = {"quality": quality, "speed": speed}
+
+
+def _test(record: dict[str, Any]) -> str:
+    if record["n_prompt"]:
+        return f"prompt of {record['n_prompt']}"
+    return f"generation after {record['n_depth']}"
+
+
+def _records(name: str) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = json.loads((RECORDS / name).read_text())
+    return records
+
+
+def _filled(file: Path) -> str:
+    def fill(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"<!-- generated: {name} -->\n{PARTS[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- generated: (\w+) -->.*?<!-- end -->", fill, file.read_text(), flags=re.DOTALL)
+
+
+def _cli_page() -> str:
+    """The help of every command, as the command line prints it."""
+    parts = ["# The command line", "", "Generated from `sparsek --help`.", ""]
+    context = click.Context(cli, info_name="sparsek")
+    for name in COMMANDS:
+        command = cli.get_command(context, name)
+        assert command is not None
+        help_text = command.get_help(click.Context(command, info_name=name, parent=context, terminal_width=100))
+        parts += [f"## sparsek {name}", "", "```text", *(line.rstrip() for line in help_text.splitlines()), "```", ""]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
