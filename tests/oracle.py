@@ -5,7 +5,7 @@ a reader can see that it is right. For query row i at position p (the rows are t
 
     scores   s_j = scale * q.k_j, then softcap, then the additive mask
     allowed  what causality and the mask leave
-    always   allowed keys among the first `sinks`, the last `window` allowed ones up to p, multiples of `stride`
+    always   allowed keys among the first `sinks`, the last `window` allowed up to p, multiples of `stride`
     best     the `top_k` best of the other allowed keys; equal scores: the lower position first
     tail     for each aligned block of 64 keys, all of them allowed: n exp(mean score) for its n dropped keys,
              with the mean value of the block

@@ -47,7 +47,11 @@ except ValueError as error:
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SPARSEK_")}
     return subprocess.run(
-        [sys.executable, "-c", program], env=environment | variables, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

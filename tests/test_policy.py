@@ -1,0 +1,114 @@
+"""From a configuration to one call's numbers, and the published rules of thumb for K."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsek import SparseKConfig, recommend_k
+from sparsek.policy import Recommendation, Rule, auto_top_k, resolve
+
+from .strategies import examples
+
+CONFIG = SparseKConfig(top_k=64, dense_layers=(0, 2), min_context=1024)
+
+
+@pytest.mark.parametrize(
+    ("context", "top_k"),
+    [(1, 32), (1024, 32), (1599, 32), (1601, 48), (2048, 48), (4096, 64), (8192, 96), (131072, 368)],
+)
+def test_auto_takes_the_published_values(context: int, top_k: int) -> None:
+    assert auto_top_k(context) == top_k
+
+
+@examples(200)
+@given(st.integers(1, 2**24))
+def test_auto_is_the_square_root_to_the_nearest_16(context: int) -> None:
+    top_k = auto_top_k(context)
+    assert top_k % 16 == 0
+    assert top_k == 32 or abs(top_k - math.sqrt(context)) <= 8
+
+
+def test_a_rule_is_the_config_for_one_call() -> None:
+    config = SparseKConfig(top_k=7, sinks=1, window=2, stride=3, tail="none", dense_layers=(), min_context=0)
+    assert resolve(config, 100) == Rule(top_k=7, sinks=1, window=2, stride=3, tail="none")
+
+
+@pytest.mark.parametrize(
+    ("num_keys", "layer", "top_k"),
+    [
+        (1023, None, 1023),  # shorter than min_context: all
+        (1024, None, 64),
+        (2048, 1, 64),
+        (2048, 2, 2048),  # a dense layer
+        (2048, 0, 2048),
+    ],
+)
+def test_dense_layers_and_short_contexts_keep_everything(
+    num_keys: int, layer: int | None, top_k: int
+) -> None:
+    rule = resolve(CONFIG, num_keys, layer=layer)
+    assert rule.top_k == top_k
+    assert rule.keeps_all(num_keys) == (top_k == num_keys)
+
+
+def test_more_than_all_keys_is_all_keys() -> None:
+    rule = resolve(SparseKConfig.pure(500), 100)
+    assert rule.top_k == 100
+    assert rule.keeps_all(100)
+    assert not resolve(SparseKConfig.pure(99), 100).keeps_all(100)
+
+
+def test_auto_follows_the_length_of_the_call() -> None:
+    config = replace(CONFIG, top_k="auto")
+    assert [resolve(config, n).top_k for n in (2048, 8192)] == [48, 96]
+
+
+def test_top_k_may_differ_by_layer() -> None:
+    config = replace(CONFIG, top_k=(5, 64, "auto", "auto"), dense_layers=(0,))
+    assert [resolve(config, 8192, layer=layer).top_k for layer in range(4)] == [8192, 64, 96, 96]
+
+
+def test_a_sliding_window_shortens_the_context() -> None:
+    """What counts is how many keys a row can see, not how many a cache holds."""
+    config = replace(CONFIG, top_k="auto")
+    assert resolve(config, 8192, context=512).top_k == 8192  # below min_context: dense
+    assert resolve(config, 8192, context=2048).top_k == 48
+    assert resolve(config, 2048, context=8192).top_k == 48  # no more than there are
+
+
+@examples(100)
+@given(
+    st.tuples(*[st.integers(0, 200)] * 4),
+    st.integers(1, 300),
+)
+def test_max_kept_bounds_every_row(fields: tuple[int, int, int, int], num_keys: int) -> None:
+    top_k, sinks, window, stride = fields
+    always = set(range(sinks)) | set(range(num_keys - window, num_keys))
+    always |= set(range(0, num_keys, stride)) if stride else set()
+    kept = min(num_keys, len(always & set(range(num_keys))) + top_k)
+    assert kept <= Rule(top_k, sinks, window, stride, "none").max_kept(num_keys) <= num_keys
+
+
+@pytest.mark.parametrize(
+    ("context", "parameters", "expected"),
+    [
+        (2048, None, (32, 64, 48)),
+        (4096, None, (64, 128, 64)),
+        (8192, None, (128, 256, 96)),
+        (10, None, (1, 1, 32)),
+        (2048, 2e9, (32, 64, 48)),
+        (2048, 7e9, (32, 64, 48)),
+        (2048, 13e9, (32, 128, 48)),  # spans both rules
+        (2048, 34e9, (32, 128, 48)),
+        (4096, 7e9, (32, 128, 64)),
+        (4096, 34e9, (64, 128, 64)),
+        (4096, 70e9, (64, 256, 64)),
+    ],
+)
+def test_recommended_k(context: int, parameters: float | None, expected: tuple[int, int, int]) -> None:
+    assert recommend_k(context, parameters) == Recommendation(*expected)
