@@ -8,13 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import matplotlib.colors
-import torch
-
-mpl.use("svg")
-mpl.rcParams["svg.hashsalt"] = "sparsek"  # the same picture gives the same file
 import matplotlib.pyplot as plt
+import torch
+from matplotlib.colors import LogNorm
 
 from sparsek import SparseKConfig, select
 from sparsek.engines.base import open_engine
@@ -30,6 +26,8 @@ CONFIG = SparseKConfig(top_k=K, sinks=1, window=2, tail="none", dense_layers=(),
 
 
 def main() -> None:
+    plt.switch_backend("svg")
+    plt.rcParams["svg.hashsalt"] = "sparsek"  # the same picture gives the same file
     engine = open_engine("transformers", None)
     tokens = engine.encode(SENTENCE)
     captured: dict[int, Problem] = {}
@@ -55,7 +53,7 @@ def draw(words: list[str], weights: torch.Tensor, kept: torch.Tensor, future: to
     for axis, (title, shown) in zip(axes, panels, strict=True):
         axis.set_title(title, fontsize=11)
         axis.imshow(future.float().where(future, torch.nan), cmap="Greys", vmin=0, vmax=6)
-        image = axis.imshow(shown.clamp(min=1e-3), cmap="viridis", norm=mpl.colors.LogNorm(1e-3, 1))
+        image = axis.imshow(shown.clamp(min=1e-3), cmap="viridis", norm=LogNorm(1e-3, 1))
         ticks: dict[str, Any] = {"labels": [w.strip() for w in words], "fontsize": 6}
         axis.set_xticks(range(len(words)), rotation=90, **ticks)
         axis.set_yticks(range(len(words)), **ticks)

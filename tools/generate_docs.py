@@ -55,7 +55,9 @@ def quality() -> str:
     ]
     titles = ["selection", "K", "keys kept", "perplexity ratio", "KL", "same top token", "mass kept"]
     first = records[0]
-    return f"{markdown_table(titles, rows)}\n\n{first['model']}, {first['context']} tokens of {first['text']}."
+    return (
+        f"{markdown_table(titles, rows)}\n\n{first['model']}, {first['context']} tokens of {first['text']}."
+    )
 
 
 def speed() -> str:
@@ -107,8 +109,17 @@ def _cli_page() -> str:
     for name in COMMANDS:
         command = cli.get_command(context, name)
         assert command is not None
-        help_text = command.get_help(click.Context(command, info_name=name, parent=context, terminal_width=100))
-        parts += [f"## sparsek {name}", "", "```text", *(line.rstrip() for line in help_text.splitlines()), "```", ""]
+        help_text = command.get_help(
+            click.Context(command, info_name=name, parent=context, terminal_width=100)
+        )
+        parts += [
+            f"## sparsek {name}",
+            "",
+            "```text",
+            *(line.rstrip() for line in help_text.splitlines()),
+            "```",
+            "",
+        ]
     return "\n".join(parts)
 
 

@@ -42,6 +42,6 @@ class Selection:
         """Boolean [B, H, Tq, Tk], True where the key is kept."""
         xp = arrays.namespace(self.indices)
         mask = arrays.full((*self.indices.shape[:-1], self.num_keys), False, xp.bool, self.indices)
-        *where, slot = arrays.nonzero(self.indices >= 0)
-        mask[(*where, arrays.cast(self.indices[(*where, slot)], xp.int64))] = True
+        batch, head, row, slot = arrays.nonzero(self.indices >= 0)
+        mask[batch, head, row, arrays.cast(self.indices[batch, head, row, slot], xp.int64)] = True
         return mask

@@ -32,7 +32,10 @@ from .conftest import Sparsek
         (["run", "-p", "x", "--threads", "0"], "0 is not in the range"),
         (["bench", "-p", "0", "-n", "0"], "nothing to measure"),
         (["bench", "-p", "12,a"], "'a' is not a number of tokens"),
-        (["bench", "-p", "9000", "-n", "0", "-k", "0"], "9000 tokens are more than the model's context of 8192"),
+        (
+            ["bench", "-p", "9000", "-n", "0", "-k", "0"],
+            "9000 tokens are more than the model's context of 8192",
+        ),
         (["eval", "--context", "9000"], "context = 9000: must be 2 to 8192"),
         (["eval", "--context", "1"], "context = 1: must be 2 to 8192"),
         (["eval", "--windows", "0"], "windows = 0: must be at least 1"),
@@ -40,7 +43,10 @@ from .conftest import Sparsek
         (["bench-attention", "--heads", "9", "--kv-heads", "2", "--tokens", "64"], "q has 9 heads and k 2"),
         (["bench-attention", "--tokens", "0"], "'0' is not a number of tokens >= 1"),
         (["bench-attention", "--tokens", "8", "--queries", "9"], "9 queries are more than 8 tokens"),
-        (["bench-attention", "--inputs", "model", "--layer", "30", "--tokens", "8"], "layer = 30: the model has"),
+        (
+            ["bench-attention", "--inputs", "model", "--layer", "30", "--tokens", "8"],
+            "layer = 30: the model has",
+        ),
         (["bench-attention", "-k", "0"], "give a K to measure"),
         (["info", "--context", "0"], "0 is not in the range"),
     ],

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from .tiny_models import WINDOW, gemma2, gemma3, llama, tokens, use_oracle
 from transformers import DynamicCache, StaticCache
 
 from sparsek import SparseKConfig
 from sparsek.integrations import transformers as integration
+
+from .tiny_models import WINDOW, gemma2, gemma3, llama, tokens, use_oracle
 
 KEEP_ALL = SparseKConfig.pure(10_000)
 SPARSE = SparseKConfig(top_k=5, sinks=2, window=4, dense_layers=(1,), min_context=0)

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from .tiny_models import LAYERS, gpt_oss, llama, tokens
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from sparsek import SparseKConfig
 from sparsek.integrations import transformers as integration
+
+from .tiny_models import LAYERS, gpt_oss, llama, tokens
 
 CONFIG = SparseKConfig(top_k=3, sinks=1, window=2, dense_layers=(), min_context=0)
 

@@ -53,7 +53,11 @@ def gemma2() -> Any:
     """Has a softcap on its scores and one on its logits."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     config = Gemma2Config(
-        **_SHAPE, sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=12, attn_logit_softcapping=2.0
+        **_SHAPE,
+        sliding_window=WINDOW,
+        layer_types=kinds,
+        query_pre_attn_scalar=12,
+        attn_logit_softcapping=2.0,
     )
     return _made(Gemma2ForCausalLM, config)
 
@@ -83,7 +87,9 @@ def use_oracle(model: Any, config: SparseKConfig) -> Any:
     """The reference in float64 under the host's explicit mask, which is always made: no shortcut of the
     integration is in the path."""
 
-    def oracle(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, softcap: Any = None, **_: Any) -> Any:
+    def oracle(
+        module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: float, softcap: Any = None, **_: Any
+    ) -> Any:
         assert mask.dtype == torch.bool
         out = attention(
             q.double(),

@@ -170,7 +170,8 @@ def _attend(p: Problem, chunk: Chunk, v: Array) -> Array:
         parts.append(_tail(p, chunk, v))
     peak = arrays.maximum([xp.amax(logits, -1) for logits, _ in parts])[..., None]
     peak = xp.where(peak == -xp.inf, 0, peak)
-    out, total = 0, 0
+    out: Array = 0
+    total: Array = 0
     for logits, values in parts:
         weights = xp.exp(logits - peak)
         total = total + xp.sum(weights, -1)[..., None]
