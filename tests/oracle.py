@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+
+from sparsek import SparseKConfig
 
 from .strategies import Call
 
@@ -109,6 +112,41 @@ def assert_kept(call: Call, got: Array) -> None:
         eps = unit * max(1, abs(kth), row.magnitude / 10)
         assert all(row.scores[j] >= kth - eps for j in chosen), where
         assert all(row.scores[j] <= kth + eps for j in dropped), where
+
+
+def assert_output(call: Call, kept: Array, out: Any) -> None:
+    """Fail unless `out` is the attention over the keys `kept`.
+
+    Allowed is twice the error of plain PyTorch in the same dtype over the same keys, and a floor that no
+    implementation can avoid: rounding the output once, and the scores, which are computed in float32 at
+    least, by an error that grows with the products in them. An output that lies between the smallest and
+    the largest value cannot be off by more than twice the largest.
+    """
+    expected, got = attention(call, kept), to_float64(out)
+    assert got.shape == expected.shape
+    without_tail = replace(call, config=SparseKConfig.pure(1))
+    plain_error = abs(_plain_attention(call, kept) - attention(without_tail, kept)).max()
+    dtype = torch.as_tensor(call.q).dtype
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+    magnitude = max(row.magnitude + abs(row.bias).max() for _, row in rows(call))
+    floor = torch.finfo(dtype).eps + 4 * torch.finfo(computed).eps * (1 + magnitude)
+    allowed = abs(to_float64(call.v)).max() * min(2, floor)
+    if math.isfinite(plain_error):  # plain float16 overflows where the inputs are huge
+        allowed += 2 * plain_error
+    assert abs(got - expected).max() <= allowed
+
+
+def _plain_attention(call: Call, kept: Array) -> Array:
+    """The lines that everyone writes, in the dtype of the inputs."""
+    q, k, v, dropped = (torch.as_tensor(x) for x in (call.q, call.k, call.v, ~kept))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * (q.shape[3] ** -0.5 if call.scale is None else call.scale)
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if call.attn_mask is not None and "bool" not in str(call.attn_mask.dtype):
+        scores = scores + torch.as_tensor(call.attn_mask)
+    weights = scores.masked_fill(dropped, -torch.inf).softmax(-1).masked_fill(dropped, 0)
+    return to_float64(weights @ v)
 
 
 def to_float64(x: Any) -> Array:

@@ -26,6 +26,7 @@ DTYPES = {
 VALUES = ("normal", "integers", "equal", "huge", "tiny")
 LAYOUTS = ("contiguous", "transposed", "sliced")
 MASKS = ("none", "padding", "packed", "sliding window", "random", "additive")
+BLOCK_EDGES = (63, 64, 65, 127, 128, 129)
 
 
 def examples(count: int) -> settings:
@@ -137,7 +138,8 @@ class Case:
             mask = (rng.random(shape) < 0.7) & (rng.random((*shape[:3], 1)) < 0.8)  # some rows see nothing
         if self.mask == "additive":
             # Multiples of 1/8 stay exact in every dtype, and so do their sums with exact scores.
-            mask = np.where(mask, rng.integers(-16, 17, mask.shape) / 8, -np.inf)
+            bias = rng.integers(-16, 17, mask.shape) / 8
+            mask = np.where(mask, bias, -np.inf) if rng.integers(2) else bias
         return self._cast(mask)
 
 
@@ -154,15 +156,15 @@ def laid_out(x: Array, layout: str) -> Array:
 
 @st.composite
 def cases(draw: st.DrawFn, **fixed: Any) -> Case:
-    """Any case, with the `fixed` fields as given."""
+    """Any case, with the `fixed` fields as given, or drawn from the strategies given."""
 
     def pick(name: str, strategy: st.SearchStrategy[Any]) -> Any:
-        return fixed[name] if name in fixed else draw(strategy)
+        value = fixed.get(name, strategy)
+        return draw(value) if isinstance(value, st.SearchStrategy) else value
 
     library = pick("library", st.sampled_from(tuple(DTYPES)))
     # Fewer keys than queries, and the edges of the 64-key blocks, more often than by chance.
-    lengths = st.integers(1, 150) | st.integers(1, 30) | st.sampled_from((63, 64, 65, 127, 128, 129))
-    num_keys = pick("num_keys", lengths)
+    num_keys = pick("num_keys", st.integers(1, 40) | st.integers(64, 150) | st.sampled_from(BLOCK_EDGES))
     num_queries = pick("num_queries", st.integers(1, 40) | st.just(min(num_keys, 40)))
     head_size = pick("head_size", st.integers(1, 33))
     return Case(
@@ -190,10 +192,29 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
 def configs(draw: st.DrawFn, num_keys: int) -> SparseKConfig:
     """Sparse at every layer and length; from one kept key to more than there are."""
     top_k = draw(st.integers(0, 12) | st.integers(1, num_keys + 10))
-    if draw(st.booleans()):
+    if draw(st.sampled_from((False, False, True))):
         return SparseKConfig.pure(max(1, top_k))
     sinks, window, stride = draw(st.tuples(st.integers(0, 6), st.integers(0, 70), st.integers(0, 9)))
     if not (sinks or window or stride):
         top_k = max(1, top_k)
     tail = draw(st.sampled_from(("none", "centroid", "centroid")))
     return SparseKConfig(top_k, sinks, window, stride, tail, dense_layers=(), min_context=0)
+
+
+# Calls in which whole blocks are allowed and lose keys, so that the centroid tail has something to say.
+# With top_k = 0 the dropped keys can be far better than the kept ones.
+tail_cases = cases(
+    num_keys=st.integers(64, 150) | st.sampled_from(BLOCK_EDGES[1:]),
+    mask=st.sampled_from(("none", "padding", "packed", "sliding window", "additive")),
+    values=st.sampled_from(("normal", "integers", "huge")),
+    config=st.builds(
+        SparseKConfig,
+        top_k=st.integers(0, 20),
+        sinks=st.integers(1, 6),
+        window=st.integers(0, 30),
+        stride=st.sampled_from((0, 0, 7)),
+        tail=st.just("centroid"),
+        dense_layers=st.just(()),
+        min_context=st.just(0),
+    ),
+)
