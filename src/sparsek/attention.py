@@ -10,7 +10,7 @@ from . import arrays
 from .arrays import Array
 from .config import SparseKConfig
 from .kernels import dispatch
-from .problem import make_problem
+from .problem import NO_VALUES, make_problem
 from .selection import Selection
 
 
@@ -75,7 +75,7 @@ def select(
     problem = make_problem(
         q,
         k,
-        None,
+        NO_VALUES,
         config=config,
         attn_mask=attn_mask,
         is_causal=is_causal,
@@ -103,11 +103,12 @@ def topk_mask(
     Tq x Tk memory, and the centroid tail cannot be expressed by it.
     """
     problem = make_problem(
-        q, k, None, config=config, attn_mask=attn_mask, is_causal=is_causal, scale=scale, layer=layer
+        q, k, NO_VALUES, config=config, attn_mask=attn_mask, is_causal=is_causal, scale=scale, layer=layer
     )
     kept = dispatch.select(problem).to_mask()
     xp = arrays.namespace(q)
     bias = arrays.full((), 0, q.dtype, q)
     if problem.mask is not None and problem.mask.dtype != xp.bool:
-        bias = arrays.cast(problem.mask, q.dtype)
+        lowest = float(xp.finfo(q.dtype).min)  # what is finite in the mask stays so in a smaller dtype
+        bias = arrays.cast(xp.clip(problem.mask, min=lowest), q.dtype)
     return xp.where(kept, bias, arrays.full((), float("-inf"), q.dtype, q))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final, Literal, cast, get_args
+from typing import Any, Final, Literal, get_args
 
 TopK = int | Literal["auto"]
 Tail = Literal["none", "centroid"]
@@ -104,7 +104,7 @@ class SparseKConfig:
         for name, value in self.to_dict().items():
             if name == "check_finite":  # how to run, not what the model wants
                 continue
-            metadata[_GGUF_PREFIX + name] = ",".join(map(str, value)) if isinstance(value, list) else value
+            metadata[_GGUF_PREFIX + name] = _comma_list(value) if isinstance(value, list) else value
         return metadata
 
     @classmethod
@@ -123,9 +123,9 @@ class SparseKConfig:
 
 
 def parse_top_k(text: str) -> TopK | tuple[TopK, ...]:
-    """ "64", "auto", or a comma list with one of those per layer."""
-    budgets = tuple(_parse_budget(part) for part in text.split(","))
-    return budgets if len(budgets) > 1 else budgets[0]
+    """One K ("64", "auto"), or a comma list with one per layer; a list of one ends with a comma."""
+    budgets = tuple(_parse_budget(part) for part in text.removesuffix(",").split(","))
+    return budgets if "," in text else budgets[0]
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -133,9 +133,15 @@ def parse_layers(text: str) -> tuple[int, ...]:
     if text.strip().lower() in ("", "none"):
         return ()
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(int(part) for part in text.removesuffix(",").split(","))
     except ValueError:
         raise ValueError(f"dense_layers = {text!r}: must be layer numbers like 0,1 or none") from None
+
+
+def _comma_list(values: list[Any]) -> str:
+    if not values:
+        return "none"
+    return f"{values[0]}," if len(values) == 1 else ",".join(map(str, values))
 
 
 def _parse_budget(text: str) -> TopK:
@@ -151,7 +157,11 @@ def _checked_top_k(value: Any) -> TopK | tuple[TopK, ...]:
     if isinstance(value, (tuple, list)):
         if not value:
             raise ValueError('top_k = (): must be an integer >= 0, "auto", or one of these per layer')
-        return tuple(cast("TopK", _checked_top_k(item)) for item in value)
+        return tuple(_checked_budget(item) for item in value)
+    return _checked_budget(value)
+
+
+def _checked_budget(value: Any) -> TopK:
     if isinstance(value, str):
         if value == "auto":
             return "auto"

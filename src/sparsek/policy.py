@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 from .config import SparseKConfig, Tail
 
@@ -40,8 +42,11 @@ def resolve(
         context: the most keys that a row can see, where that is less than `num_keys` (sliding windows).
 
     Raises:
+        TypeError: `layer` is no integer.
         ValueError: `top_k` is given per layer and `layer` is missing or outside the list.
     """
+    if layer is not None and not isinstance(layer, int):
+        raise TypeError(f"layer = {layer!r}: must be the number of a layer, or None")
     context = num_keys if context is None else min(context, num_keys)
     budget = config.top_k
     if isinstance(budget, tuple):
@@ -80,14 +85,23 @@ def recommend_k(context_length: int, num_parameters: float | None = None) -> Rec
     returned then spans both rules. `auto` is the sqrt(N) rule.
 
     Raises:
+        TypeError: a value is no number.
         ValueError: a value is not positive.
     """
-    if context_length <= 0:
+    if not _is_number(context_length):
+        raise TypeError(f"context_length = {context_length!r}: must be a positive number of tokens")
+    if not 0 < context_length < math.inf:
         raise ValueError(f"context_length = {context_length!r}: must be a positive number of tokens")
-    low, high = max(1, context_length // 64), max(1, context_length // 32)
+    low, high = max(1, int(context_length // 64)), max(1, int(context_length // 32))
     if num_parameters is not None:
+        if not _is_number(num_parameters):
+            raise TypeError(f"num_parameters = {num_parameters!r}: must be positive, like 7e9")
         if not num_parameters > 0:
             raise ValueError(f"num_parameters = {num_parameters!r}: must be positive, like 7e9")
         by_size = (32, 64) if num_parameters < 13e9 else (64, 128) if num_parameters < 70e9 else (128, 256)
         low, high = min(low, by_size[0]), max(high, by_size[1])
     return Recommendation(low, high, auto_top_k(context_length))
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Real)

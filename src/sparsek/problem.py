@@ -6,8 +6,10 @@ Inputs are checked here and nowhere else; kernels trust what they are given.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from numbers import Real
+from typing import Any, Final
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from . import arrays
 from .arrays import Array
 from .config import SparseKConfig
 from .policy import Rule, resolve
+
+NO_VALUES: Final = object()  # only the selection is wanted; None would hide a forgotten v
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Problem:
 def make_problem(
     q: Any,
     k: Any,
-    v: Any | None,
+    v: Any,
     *,
     config: SparseKConfig,
     attn_mask: Any | None = None,
@@ -71,7 +75,7 @@ def make_problem(
     layer: int | None = None,
     context: int | None = None,
 ) -> Problem:
-    """Check the arguments of a public call and gather them.
+    """Check the arguments of a public call and gather them; without v where it is NO_VALUES.
 
     Raises:
         TypeError: something is not a tensor or array of a floating dtype, or not of the same kind as q.
@@ -80,23 +84,22 @@ def make_problem(
     """
     if not isinstance(config, SparseKConfig):
         raise TypeError(f"config = {config!r}: must be a SparseKConfig")
-    tensors = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    tensors = {"q": q, "k": k} if v is NO_VALUES else {"q": q, "k": k, "v": v}
     _check_kinds(tensors)
     _check_shapes(tensors)
     mask = None if attn_mask is None else _checked_mask(attn_mask, q, k)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
-    if not math.isfinite(scale):
-        raise ValueError(f"scale = {scale!r}: must be a finite number")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap = {softcap!r}: must be a positive number, or None")
+    _check_number("scale", scale, math.isfinite, "a finite number")
+    if softcap is not None:
+        _check_number("softcap", softcap, lambda x: 0 < x < math.inf, "a positive number, or None")
     if config.check_finite:
         _check_finite(tensors, mask)
     num_keys = int(k.shape[2])
     return Problem(
         q=q,
         k=k,
-        v=v,
+        v=None if v is NO_VALUES else v,
         mask=mask,
         is_causal=bool(is_causal),
         first_position=num_keys - int(q.shape[2]),  # the queries are the last of the positions
@@ -170,6 +173,13 @@ def _checked_mask(mask: Any, q: Array, k: Array) -> Array:
             f"attn_mask has shape {_shape(mask)}: must broadcast to [B, H, Tq, Tk] = {list(full)}"
         )
     return xp.broadcast_to(mask.reshape(padded), (*padded[:2], *full[2:]))
+
+
+def _check_number(name: str, x: Any, good: Callable[[Any], bool], allowed: str) -> None:
+    if not isinstance(x, Real):
+        raise TypeError(f"{name} = {x!r}: must be {allowed}")
+    if not good(x):
+        raise ValueError(f"{name} = {x!r}: must be {allowed}")
 
 
 def _check_finite(tensors: dict[str, Any], mask: Array | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from . import arrays
@@ -26,7 +27,7 @@ class Selection:
     def from_kept(cls, kept: Array, width: int) -> Selection:
         """From a boolean matrix [B, H, Tq, Tk] that has at most `width` true elements a row."""
         xp = arrays.namespace(kept)
-        flat = kept.reshape(-1, kept.shape[-1])
+        flat = kept.reshape(math.prod(kept.shape[:-1]), kept.shape[-1])
         counts = xp.sum(flat, -1)
         row, column = arrays.nonzero(flat)
         starts = xp.cumsum(counts, 0) - counts

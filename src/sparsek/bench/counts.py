@@ -9,7 +9,7 @@ import numpy as np
 from ..config import SparseKConfig
 from ..kernels import dispatch
 from ..policy import resolve
-from ..problem import make_problem
+from ..problem import NO_VALUES, make_problem
 
 
 def scores_used(
@@ -30,5 +30,5 @@ def scores_used(
 def _kept_by_one_head(config: SparseKConfig, num_tokens: int, layer: int | None) -> int:
     """How many keys a row keeps does not depend on the scores: one head of size 1 is enough to count."""
     x = np.zeros((1, 1, num_tokens, 1), dtype=np.float32)
-    problem = make_problem(x, x, None, config=config, is_causal=True, layer=layer)
+    problem = make_problem(x, x, NO_VALUES, config=config, is_causal=True, layer=layer)
     return int(dispatch.select(problem).counts.sum())

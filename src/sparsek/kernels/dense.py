@@ -42,7 +42,7 @@ def attention(p: Problem) -> Array:
     # Causal but not square, or causal with a mask: SDPA needs both as one mask, made some rows at a time.
     out = arrays.empty((*p.q.shape[:3], p.v.shape[3]), p.q.dtype, p.q)
     rows_of_mask = 1 if p.mask is None else p.mask.shape[0] * p.mask.shape[1]
-    step = max(1, _MASK_ELEMENTS // (rows_of_mask * num_keys))
+    step = max(1, _MASK_ELEMENTS // max(1, rows_of_mask * num_keys))
     key = torch.arange(num_keys, device=p.q.device)
     for start in range(0, num_queries, step):
         rows = slice(start, min(start + step, num_queries))
@@ -61,7 +61,7 @@ def _sdpa(p: Problem, q: Array, mask: Array | None, is_causal: bool) -> Array:
     group = q.shape[1] // p.k.shape[1]
     k, v = (x if group == 1 else x.repeat_interleave(group, 1) for x in (p.k, p.v))
     if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)
+        mask = mask.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=p.scale
     )

@@ -77,9 +77,12 @@ def attention(p: Problem, selection: Selection | None = None) -> Array:
 
 def select(p: Problem) -> Selection:
     """The kept keys of every row."""
-    kept = arrays.full((*p.q.shape[:3], p.num_keys), False, arrays.namespace(p.q).bool, p.q)
+    batch, heads, num_queries, _ = p.q.shape
+    kept = arrays.full((batch, heads, num_queries, p.num_keys), False, arrays.namespace(p.q).bool, p.q)
     for chunk in chunks(p):
-        kept[:, :, chunk.rows, : chunk.kept.shape[-1]] = _merge_heads(chunk.kept)
+        kept[:, :, chunk.rows, : chunk.kept.shape[-1]] = chunk.kept.reshape(
+            batch, heads, *chunk.kept.shape[3:]
+        )
     return Selection.from_kept(kept, p.rule.max_kept(p.num_keys))
 
 
@@ -102,11 +105,10 @@ def _chunk(p: Problem, k: Array, rows: slice) -> Chunk:
         n = min(n, max(0, p.first_position + rows.stop))
 
     q = arrays.cast(p.q[:, :, rows], k.dtype) * p.scale
-    grouped = q.reshape(
-        batch, kv_heads, -1, head_size
-    )  # rows of all heads of a group: one product per KV head
+    group, num_rows = heads // kv_heads, rows.stop - rows.start
+    grouped = q.reshape(batch, kv_heads, group * num_rows, head_size)  # one product for all heads of a group
     raw = xp.matmul(grouped, xp.swapaxes(k[:, :, :n], 2, 3))
-    raw = raw.reshape(batch, kv_heads, heads // kv_heads, rows.stop - rows.start, n)
+    raw = raw.reshape(batch, kv_heads, group, num_rows, n)
     scores = _softcap(raw, p.softcap)
 
     key = arrays.arange(n, k)
@@ -175,9 +177,9 @@ def _attend(p: Problem, chunk: Chunk, v: Array) -> Array:
     for logits, values in parts:
         weights = xp.exp(logits - peak)
         total = total + xp.sum(weights, -1)[..., None]
-        out = out + xp.matmul(weights.reshape(batch, kv_heads, group * num_rows, -1), values)
+        out = out + xp.matmul(weights.reshape(batch, kv_heads, group * num_rows, weights.shape[-1]), values)
     total = xp.where(total == 0, 1, total)  # an empty row stays zero
-    return (out.reshape(batch, kv_heads, group, num_rows, -1) / total).reshape(
+    return (out.reshape(batch, kv_heads, group, num_rows, v.shape[-1]) / total).reshape(
         batch, kv_heads * group, num_rows, v.shape[-1]
     )
 
@@ -214,8 +216,3 @@ def _split_heads(x: Array, kv_heads: int) -> Array:
     """[B, H, ...] to [B, Hkv, G, ...]; a head axis of 1 stays broadcastable."""
     heads = (1, 1) if x.shape[1] == 1 else (kv_heads, x.shape[1] // kv_heads)
     return x.reshape(x.shape[0], *heads, *x.shape[2:])
-
-
-def _merge_heads(x: Array) -> Array:
-    """[B, Hkv, G, ...] to [B, H, ...]."""
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
