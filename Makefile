@@ -32,6 +32,7 @@ lint: $(READY) ## format, style, types, layers, C++ warnings
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/generate_docs.py --check
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(CMAKE) -S . -B build/lint -DSPARSEK_WERROR=ON -DSPARSEK_BUILD_TESTS=ON -DSPARSEK_BUILD_PYTHON=ON \
 	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)"
@@ -42,12 +43,15 @@ format: $(READY) ## rewrite the sources in the project's format
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
-bench: $(READY) ## measure speed on the embedded model and record it in benchmarks/
-	mkdir -p benchmarks build
-	$(BIN)/sparsek bench -p 512,2048 -n 16 -k 0,64 -o json > build/speed-transformers.json
-	mv build/speed-transformers.json benchmarks/
+bench: $(READY) ## measure the embedded model and record it in benchmarks/; wants an idle machine
+	mkdir -p build
+	$(BIN)/sparsek eval --context 4096 -k 64 --pure -o jsonl > build/quality.jsonl
+	$(BIN)/sparsek eval --context 4096 -k 32,64,128 -o jsonl >> build/quality.jsonl
+	$(BIN)/sparsek bench -p 512,2048 -n 16 -d 0,2048 -k 0,64 -o jsonl > build/speed-transformers.jsonl
+	mv build/quality.jsonl build/speed-transformers.jsonl benchmarks/
 
 docs: $(READY) ## make the generated parts of README and docs again
+	$(BIN)/python tools/draw_selection.py
 	$(BIN)/python tools/generate_docs.py
 
 clean: ## remove .venv and everything that was built

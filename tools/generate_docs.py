@@ -40,7 +40,7 @@ def main() -> int:
 
 def quality() -> str:
     """What K costs: evaluation records."""
-    records = _records("quality.json")
+    records = _records("quality.jsonl")
     rows = [
         [
             "plain top-K" if r["config"]["window"] == 0 else "default form",
@@ -62,7 +62,7 @@ def quality() -> str:
 
 def speed() -> str:
     """What K gains: records of whole models."""
-    records = _records("speed-transformers.json")
+    records = _records("speed-transformers.jsonl")
     rows = [
         [
             _test(r),
@@ -90,8 +90,7 @@ def _test(record: dict[str, Any]) -> str:
 
 
 def _records(name: str) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = json.loads((RECORDS / name).read_text())
-    return records
+    return [json.loads(line) for line in (RECORDS / name).read_text().splitlines()]
 
 
 def _filled(file: Path) -> str:
