@@ -30,6 +30,7 @@ def test_measures_are_those_of_the_models_own_logits(engine: Engine) -> None:
     context, windows = 300, 2
     (record,) = evaluate(engine, [CONFIG], text=text, text_name="x", context=context, windows=windows)
 
+    assert torch.is_grad_enabled(), "evaluating must leave PyTorch as it was"
     model = engine._model  # type: ignore[attr-defined]
     ids = torch.tensor(engine.encode(text)[: context * windows]).view(windows, context)
     with torch.inference_mode():

@@ -114,9 +114,9 @@ class TransformersEngine:
         states = hidden[-1][0]
         self._check_head(states[-1:], last)
         for start in range(0, len(tokens), _LOGIT_ROWS):
-            with torch.inference_mode():
-                yield self._head(states[start : start + _LOGIT_ROWS]).float()
+            yield self._head(states[start : start + _LOGIT_ROWS]).float()
 
+    @torch.inference_mode()
     def _head(self, states: torch.Tensor) -> torch.Tensor:
         """From the body's last hidden states to logits, as the model's own forward does it."""
         scores: torch.Tensor = self._model.get_output_embeddings()(states)
@@ -124,12 +124,11 @@ class TransformersEngine:
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def _check_head(self, states: torch.Tensor, expected: torch.Tensor) -> None:
-        with torch.inference_mode():
-            if not torch.allclose(self._head(states)[0], expected, rtol=1e-3, atol=1e-3):
-                raise NotImplementedError(
-                    f"{type(self._model).__name__} does more between its last layer and its logits than "
-                    "one projection: evaluation does not know this model yet"
-                )
+        if not torch.allclose(self._head(states)[0], expected, rtol=1e-3, atol=1e-3):
+            raise NotImplementedError(
+                f"{type(self._model).__name__} does more between its last layer and its logits than "
+                "one projection: evaluation does not know this model yet"
+            )
 
     def _attending(self, config: SparseKConfig | None) -> contextlib.AbstractContextManager[Any]:
         return integration.enabled(self._model, config) if config else contextlib.nullcontext()
