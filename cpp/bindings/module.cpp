@@ -1,13 +1,97 @@
 // sparsek._core: the C++ core for Python. Types are in src/sparsek/_core.pyi.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
+#include <optional>
+
+#include "sparsek/attention.h"
 #include "sparsek/cpu.h"
 #include "sparsek/threads.h"
 
 namespace nb = nanobind;
 using namespace sparsek;
+
+namespace {
+
+using Array = nb::ndarray<nb::ro, nb::device::cpu>;
+using Output = nb::ndarray<nb::device::cpu, nb::c_contig>;
+
+DType dtype_of(const Array& x) {
+    if (x.dtype() == nb::dtype<float>()) return DType::f32;
+    if (x.dtype().bits == 16 && x.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat)) {
+        return DType::bf16;
+    }
+    return DType::f16;
+}
+
+Tensor tensor_of(const Array& x) { return {x.data(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+Mask mask_of(const std::optional<Array>& x) {
+    if (!x) return {};
+    const auto stride = [&](size_t axis) { return x->shape(axis) == 1 ? 0 : x->stride(axis); };
+    return {static_cast<const uint8_t*>(x->data()), stride(0), stride(1), stride(2), stride(3)};
+}
+
+// q [B, H, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] or none, mask [1|B, 1|H, 1|Tq, 1|Tk] of bytes or none.
+Problem problem_of(const Array& q, const Array& k, const std::optional<Array>& v, const std::optional<Array>& mask,
+                   bool is_causal, int64_t first_position, float scale, float softcap, int64_t top_k, int64_t sinks,
+                   int64_t window, int64_t stride, bool centroid_tail) {
+    const auto size = [](const Array& x, size_t axis) { return static_cast<int64_t>(x.shape(axis)); };
+    Problem p;
+    p.batch = size(q, 0);
+    p.heads = size(q, 1);
+    p.kv_heads = size(k, 1);
+    p.num_queries = size(q, 2);
+    p.num_keys = size(k, 2);
+    p.head_size = size(q, 3);
+    p.value_size = v ? size(*v, 3) : 0;
+    p.dtype = dtype_of(q);
+    p.q = tensor_of(q);
+    p.k = tensor_of(k);
+    if (v) p.v = tensor_of(*v);
+    p.mask = mask_of(mask);
+    p.is_causal = is_causal;
+    p.first_position = first_position;
+    p.scale = scale;
+    p.softcap = softcap;
+    p.rule = {top_k, sinks, window, stride, centroid_tail};
+    return p;
+}
+
+// Lets Ctrl-C end a long call: Python's signals are looked at every few hundredths of a second.
+class Signals {
+   public:
+    static bool pending(void* self) { return static_cast<Signals*>(self)->look(); }
+
+   private:
+    bool look() {
+        const auto now = std::chrono::steady_clock::now();
+        if (now < next_) return false;
+        next_ = now + std::chrono::milliseconds(50);
+        const nb::gil_scoped_acquire gil;
+        return PyErr_CheckSignals() != 0;
+    }
+    std::chrono::steady_clock::time_point next_ = std::chrono::steady_clock::now();
+};
+
+// Runs without the GIL. Throws what a signal handler raised.
+template <typename Call>
+void solve(int num_threads, Call call) {
+    Signals signals;
+    const Options options = {num_threads, active_isa(), Signals::pending, &signals};
+    bool done = false;
+    {
+        const nb::gil_scoped_release release;
+        done = call(options);
+    }
+    if (!done) throw nb::python_error();
+}
+
+}  // namespace
 
 NB_MODULE(_core, m) {
     m.doc() = "The compiled core of sparsek.";
@@ -25,4 +109,31 @@ NB_MODULE(_core, m) {
         return names;
     });
     m.def("num_threads", &num_threads);
+
+    using namespace nb::literals;
+    m.def(
+        "attention",
+        [](const Array& q, const Array& k, const Array& v, const Output& out, const std::optional<Array>& mask,
+           bool is_causal, int64_t first_position, float scale, float softcap, int64_t top_k, int64_t sinks,
+           int64_t window, int64_t stride, bool centroid_tail, int threads) {
+            const Problem p = problem_of(q, k, v, mask, is_causal, first_position, scale, softcap, top_k, sinks,
+                                         window, stride, centroid_tail);
+            solve(threads, [&](const Options& options) { return attention(p, options, out.data()); });
+        },
+        "q"_a, "k"_a, "v"_a, "out"_a, "mask"_a.none(), "is_causal"_a, "first_position"_a, "scale"_a, "softcap"_a,
+        "top_k"_a, "sinks"_a, "window"_a, "stride"_a, "centroid_tail"_a, "num_threads"_a);
+    m.def(
+        "select",
+        [](const Array& q, const Array& k, const Output& indices, const Output& counts,
+           const std::optional<Array>& mask, bool is_causal, int64_t first_position, float scale, int64_t top_k,
+           int64_t sinks, int64_t window, int64_t stride, int threads) {
+            const Problem p = problem_of(q, k, std::nullopt, mask, is_causal, first_position, scale, 0.0f, top_k,
+                                         sinks, window, stride, false);
+            solve(threads, [&](const Options& options) {
+                return select(p, options, static_cast<int64_t>(indices.shape(3)),
+                              static_cast<int32_t*>(indices.data()), static_cast<int32_t*>(counts.data()));
+            });
+        },
+        "q"_a, "k"_a, "indices"_a, "counts"_a, "mask"_a.none(), "is_causal"_a, "first_position"_a, "scale"_a,
+        "top_k"_a, "sinks"_a, "window"_a, "stride"_a, "num_threads"_a);
 }

@@ -1,5 +1,7 @@
 """The compiled core. Its settings come from the environment, which is read at every call."""
 
+from typing import Any
+
 def cpu_features() -> dict[str, bool]:
     """The features that kernels may use, by their names in /proc/cpuinfo, and whether both the processor
     and the operating system have them."""
@@ -21,3 +23,46 @@ def num_threads() -> int:
     Raises:
         ValueError: SPARSEK_NUM_THREADS is no whole number from 1 to 1024.
     """
+
+def attention(
+    *,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    mask: Any | None,
+    is_causal: bool,
+    first_position: int,
+    scale: float,
+    softcap: float,
+    top_k: int,
+    sinks: int,
+    window: int,
+    stride: int,
+    centroid_tail: bool,
+    num_threads: int,
+) -> None:
+    """Sparse-K attention into `out`; dense where `top_k` is the number of keys. Nothing is checked.
+
+    q [B, H, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] of one dtype (float32, float16, bfloat16) with their
+    last axis contiguous; out [B, H, Tq, Dv] contiguous; mask bytes [1|B, 1|H, 1|Tq, 1|Tk], nonzero = allowed.
+    Without the GIL; a signal handler's exception (Ctrl-C) ends the call.
+    """
+
+def select(
+    *,
+    q: Any,
+    k: Any,
+    indices: Any,
+    counts: Any,
+    mask: Any | None,
+    is_causal: bool,
+    first_position: int,
+    scale: float,
+    top_k: int,
+    sinks: int,
+    window: int,
+    stride: int,
+    num_threads: int,
+) -> None:
+    """The kept keys of every row: int32 `indices` [B, H, Tq, width], padded with -1, and `counts` [B, H, Tq]."""

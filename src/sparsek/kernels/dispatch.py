@@ -17,9 +17,9 @@ from ..selection import Selection
 log = logging.getLogger("sparsek")
 
 # In the order in which "auto" tries them; the reference takes everything and is last.
-KERNELS: Final = ("dense", "reference")
+KERNELS: Final = ("dense", "cpu", "reference")
 # What a user can ask for by name. Whether a call is dense is the configuration's business.
-BACKENDS: Final = ("auto", "reference")
+BACKENDS: Final = ("auto", "cpu", "reference")
 
 
 def attention(p: Problem, backend: str = "auto") -> Array:

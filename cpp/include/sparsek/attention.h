@@ -1,0 +1,77 @@
+// Exact Sparse-K attention on the CPU: the problem, as plain structs, and the calls that solve it.
+//
+// The semantics are those of src/sparsek/kernels/reference.py. Nothing is checked here: sizes must fit, and
+// pointers must be valid for the strides given.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "sparsek/cpu.h"
+
+namespace sparsek {
+
+enum class DType { f32, f16, bf16 };
+
+// [batch, heads, tokens, size]; strides in elements, the last axis contiguous.
+struct Tensor {
+    const void* data = nullptr;
+    int64_t batch_stride = 0;
+    int64_t head_stride = 0;
+    int64_t token_stride = 0;
+};
+
+// [batch, heads, queries, keys] of one byte each, nonzero where the key is allowed; a stride may be 0.
+// Without data every key is allowed.
+struct Mask {
+    const uint8_t* data = nullptr;
+    int64_t batch_stride = 0;
+    int64_t head_stride = 0;
+    int64_t query_stride = 0;
+    int64_t key_stride = 0;
+};
+
+// What a row keeps. top_k >= num_keys: everything, that is dense attention.
+struct Rule {
+    int64_t top_k = 0;
+    int64_t sinks = 0;
+    int64_t window = 0;
+    int64_t stride = 0;
+    bool centroid_tail = false;
+};
+
+struct Problem {
+    int64_t batch = 0;
+    int64_t heads = 0;
+    int64_t kv_heads = 0;  // divides heads
+    int64_t num_queries = 0;
+    int64_t num_keys = 0;
+    int64_t head_size = 0;
+    int64_t value_size = 0;
+    DType dtype = DType::f32;  // of q, k, v and the output
+    Tensor q, k, v;
+    Mask mask;
+    bool is_causal = false;
+    int64_t first_position = 0;  // of query 0; a causal row sees no later position than its own
+    float scale = 1.0f;
+    float softcap = 0.0f;  // 0: none
+    Rule rule;
+};
+
+struct Options {
+    int num_threads = 1;
+    Isa isa = Isa::portable;
+    // Asked now and then by the calling thread; true ends the call early, its output undefined.
+    bool (*interrupted)(void*) = nullptr;
+    void* interrupted_data = nullptr;
+};
+
+// out: [batch, heads, num_queries, value_size] in the problem's dtype, contiguous.
+// Returns false when it was interrupted. Throws std::bad_alloc.
+bool attention(const Problem& problem, const Options& options, void* out);
+
+// indices: int32 [batch, heads, num_queries, width], rising and padded with -1; counts: int32 [batch, heads,
+// num_queries]. `width` must hold the longest row. Returns and throws as attention does.
+bool select(const Problem& problem, const Options& options, int64_t width, int32_t* indices, int32_t* counts);
+
+}  // namespace sparsek

@@ -1,0 +1,178 @@
+// Vectors for AVX-512 with VNNI. The same interface as simd_avx2.h and simd_portable.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernel/numbers.h"
+
+namespace sparsek::avx512_vnni {
+
+// 16 floats.
+struct F {
+    __m512 v;
+};
+
+inline F set1(float x) { return {_mm512_set1_ps(x)}; }
+inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline F load(const Half* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline F load(const BFloat* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+// The first n of 16, the others 0.
+inline F load_n(const float* p, int64_t n) {
+    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
+}
+template <typename T>
+inline F load_n(const T* p, int64_t n) {
+    const auto mask = static_cast<__mmask16>((1u << n) - 1);
+    T buffer[16];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer), _mm256_maskz_loadu_epi16(mask, p));
+    return load(buffer);
+}
+inline void store(float* p, F x) { _mm512_storeu_ps(p, x.v); }
+inline void store_n(float* p, F x, int64_t n) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x.v);
+}
+
+inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F round(F x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// 2^n for whole n.
+inline F exp2_whole(F n) { return {_mm512_scalef_ps(_mm512_set1_ps(1.0f), n.v)}; }
+// value where x > limit, else 0.
+inline F select_above(F x, float limit, F value) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_GT_OQ), value.v)};
+}
+inline F copy_sign(F magnitude, F sign) {
+    const __m512i s = _mm512_and_si512(_mm512_castps_si512(sign.v), _mm512_set1_epi32(INT32_MIN));
+    return {_mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(magnitude.v), s))};
+}
+inline float sum(F x) { return _mm512_reduce_add_ps(x.v); }
+inline float highest(F x) { return _mm512_reduce_max_ps(x.v); }
+
+// x where bit i is 1, else value.
+inline F keep_lanes(F x, uint32_t bits, float value) {
+    return {_mm512_mask_mov_ps(_mm512_set1_ps(value), static_cast<__mmask16>(bits), x.v)};
+}
+// Lane j of x[i] and lane i of x[j] change places.
+inline void transpose(F x[16]) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+        a[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        for (int h = 0; h < 2; ++h) {
+            const __m512d low = _mm512_castps_pd(a[i + h]), high = _mm512_castps_pd(a[i + 2 + h]);
+            b[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            b[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512 even = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88);
+        const __m512 odd = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd);
+        const __m512 even2 = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0x88);
+        const __m512 odd2 = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0xdd);
+        x[i].v = _mm512_shuffle_f32x4(even, even2, 0x88);
+        x[8 + i].v = _mm512_shuffle_f32x4(even, even2, 0xdd);
+        x[4 + i].v = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+        x[12 + i].v = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+    }
+}
+
+// Lane i of the result is the sum of a[i].
+inline F sums(const F a[16]) {
+    __m512 b[8], c[4], d[2];
+    for (int i = 0; i < 8; ++i) {
+        b[i] = _mm512_add_ps(_mm512_unpacklo_ps(a[2 * i].v, a[2 * i + 1].v),
+                             _mm512_unpackhi_ps(a[2 * i].v, a[2 * i + 1].v));
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512d x = _mm512_castps_pd(b[2 * i]), y = _mm512_castps_pd(b[2 * i + 1]);
+        c[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    for (int i = 0; i < 2; ++i) {
+        d[i] = _mm512_add_ps(_mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0xdd));
+    }
+    return {_mm512_add_ps(_mm512_shuffle_f32x4(d[0], d[1], 0x88), _mm512_shuffle_f32x4(d[0], d[1], 0xdd))};
+}
+
+// Elementwise maximum of 64 numbers.
+inline void max64(int16_t* out, const int16_t* a, const int16_t* b) {
+    for (int i = 0; i < 64; i += 32) {
+        _mm512_storeu_si512(out + i, _mm512_max_epi16(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i)));
+    }
+}
+// Bit i says whether x[i] >= threshold.
+inline uint64_t at_least64(const int16_t* x, int16_t threshold) {
+    const __m512i t = _mm512_set1_epi16(threshold);
+    const uint64_t low = _mm512_cmpge_epi16_mask(_mm512_loadu_si512(x), t);
+    const uint64_t high = _mm512_cmpge_epi16_mask(_mm512_loadu_si512(x + 32), t);
+    return low | high << 32;
+}
+inline uint32_t at_least16(const int32_t* x, int32_t threshold) {
+    return _mm512_cmpge_epi32_mask(_mm512_loadu_si512(x), _mm512_set1_epi32(threshold));
+}
+// x[i] becomes `value` where bit i is 0.
+inline void keep64(int16_t* x, uint64_t bits, int16_t value) {
+    const __m512i v = _mm512_set1_epi16(value);
+    for (int i = 0; i < 64; i += 32) {
+        const auto m = static_cast<__mmask32>(bits >> i);
+        _mm512_storeu_si512(x + i, _mm512_mask_loadu_epi16(v, m, x + i));
+    }
+}
+// Bit i says whether byte i is nonzero.
+inline uint64_t nonzero64(const uint8_t* x) {
+    const __m512i v = _mm512_loadu_si512(x);
+    return _mm512_test_epi8_mask(v, v);
+}
+
+// ---- The scan: scores of 64 keys in 8 bits with some query rows.
+
+inline constexpr float kQueryMax = 127.0f;  // largest quantised query channel
+inline constexpr int kScanRows = 6;         // rows that fit into the registers
+inline constexpr int kDenseRows = 6, kDenseVectors = 4;
+
+// Where key j of a block stands, so that packing to 16 bits puts the scores in order.
+inline constexpr int slot_of(int j) { return (j / 32 * 2 + (j % 8 >= 4)) * 16 + j % 32 / 8 * 4 + j % 4; }
+
+// scores[row * stride + j] = (sum_d key_jd * query_rowd) >> shift[row], with the offset of the keys, which is in
+// `start`, taken off.
+inline void scan_block(const uint8_t* keys, const int8_t* queries, int64_t query_stride, const int32_t* start,
+                       const int32_t* shift, int64_t channel_groups, int16_t* scores, int64_t stride) {
+    __m512i acc[kScanRows][4];
+    for (int r = 0; r < kScanRows; ++r) {
+        for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_set1_epi32(start[r]);
+    }
+    for (int64_t d = 0; d < channel_groups; ++d, keys += 256) {
+        const __m512i k0 = _mm512_loadu_si512(keys), k1 = _mm512_loadu_si512(keys + 64);
+        const __m512i k2 = _mm512_loadu_si512(keys + 128), k3 = _mm512_loadu_si512(keys + 192);
+#pragma GCC unroll 8
+        for (int r = 0; r < kScanRows; ++r) {
+            const __m512i q = _mm512_set1_epi32(load_int32(queries + r * query_stride + 4 * d));
+            acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], k0, q);
+            acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], k1, q);
+            acc[r][2] = _mm512_dpbusd_epi32(acc[r][2], k2, q);
+            acc[r][3] = _mm512_dpbusd_epi32(acc[r][3], k3, q);
+        }
+    }
+    for (int r = 0; r < kScanRows; ++r) {
+        const __m128i s = _mm_cvtsi32_si128(shift[r]);
+        int16_t* out = scores + r * stride;
+        _mm512_storeu_si512(out, _mm512_packs_epi32(_mm512_sra_epi32(acc[r][0], s), _mm512_sra_epi32(acc[r][1], s)));
+        _mm512_storeu_si512(out + 32,
+                            _mm512_packs_epi32(_mm512_sra_epi32(acc[r][2], s), _mm512_sra_epi32(acc[r][3], s)));
+    }
+}
+
+}  // namespace sparsek::avx512_vnni

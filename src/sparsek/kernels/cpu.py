@@ -1,0 +1,118 @@
+"""The compiled kernel: exact Sparse-K attention on the CPU, and dense attention where the rule keeps everything.
+
+Every pair is scored in 8 bits; a bound on the error turns those scores into a few candidates that must contain
+the best K, and only these are scored exactly. cpp/src/kernel/sparse.h says why nothing is missed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import _core, arrays
+from ..arrays import Array
+from ..problem import Problem
+from ..selection import Selection
+
+TAKES = "float32, float16 and bfloat16 on the CPU, with any mask that only allows and forbids"
+
+_DTYPES = ("float32", "float16", "bfloat16")
+_MAX_TOKENS = 2**31 - 1
+
+
+def why_not(p: Problem) -> str | None:
+    """Why this kernel cannot do the call, or None when it can."""
+    if arrays.is_torch(p.q):
+        if p.q.device.type != "cpu":
+            return f"the inputs are on {p.q.device}"
+        if _wants_gradient(p):
+            return "a gradient is wanted"
+    if str(p.q.dtype).removeprefix("torch.") not in _DTYPES:
+        return f"the dtype is {p.q.dtype}"
+    if p.num_keys == 0:
+        return "there are no keys"
+    if max(p.num_keys, p.num_queries) > _MAX_TOKENS:
+        return "there are 2^31 tokens or more"
+    if p.mask is not None and not _only_forbids(p.mask):
+        return "the mask adds numbers to the scores"
+    return None
+
+
+def attention(p: Problem) -> Array:
+    """[B, H, Tq, Dv] in the dtype of q."""
+    assert p.v is not None
+    out = arrays.empty((*p.q.shape[:3], p.v.shape[3]), p.q.dtype, p.q)
+    _core.attention(
+        q=_rows(p.q),
+        k=_rows(p.k),
+        v=_rows(p.v),
+        out=out,
+        mask=_bytes(p.mask),
+        is_causal=p.is_causal,
+        first_position=p.first_position,
+        scale=p.scale,
+        softcap=p.softcap or 0.0,
+        top_k=p.rule.top_k,
+        sinks=p.rule.sinks,
+        window=p.rule.window,
+        stride=p.rule.stride,
+        centroid_tail=p.rule.tail == "centroid",
+        num_threads=_threads(p.q),
+    )
+    return out
+
+
+def select(p: Problem) -> Selection:
+    """The kept keys of every row."""
+    xp = arrays.namespace(p.q)
+    width = p.rule.max_kept(p.num_keys)
+    indices = arrays.empty((*p.q.shape[:3], width), xp.int32, p.q)
+    counts = arrays.empty(tuple(p.q.shape[:3]), xp.int32, p.q)
+    _core.select(
+        q=_rows(p.q),
+        k=_rows(p.k),
+        indices=indices,
+        counts=counts,
+        mask=_bytes(p.mask),
+        is_causal=p.is_causal,
+        first_position=p.first_position,
+        scale=p.scale,
+        top_k=p.rule.top_k,
+        sinks=p.rule.sinks,
+        window=p.rule.window,
+        stride=p.rule.stride,
+        num_threads=_threads(p.q),
+    )
+    return Selection(indices, counts, p.num_keys)
+
+
+def _wants_gradient(p: Problem) -> bool:
+    grad_enabled: bool = arrays.namespace(p.q).is_grad_enabled()
+    return grad_enabled and any(x is not None and x.requires_grad for x in (p.q, p.k, p.v, p.mask))
+
+
+def _only_forbids(mask: Array) -> bool:
+    xp = arrays.namespace(mask)
+    return mask.dtype == xp.bool or bool(((mask == 0) | (mask == -xp.inf)).all())
+
+
+def _rows(x: Array) -> Array:
+    """The array as the core takes it: any strides, but the last axis contiguous."""
+    if arrays.is_torch(x):
+        x = x.detach()
+        return x if x.stride(3) == 1 else x.contiguous()
+    return x if x.strides[3] == x.itemsize else np.ascontiguousarray(x)
+
+
+def _bytes(mask: Array | None) -> Array | None:
+    """1 where a key is allowed."""
+    if mask is None:
+        return None
+    xp = arrays.namespace(mask)
+    allowed = mask if mask.dtype == xp.bool else mask == 0
+    return allowed.view(xp.uint8)
+
+
+def _threads(x: Any) -> int:
+    return int(arrays.namespace(x).get_num_threads()) if arrays.is_torch(x) else _core.num_threads()
