@@ -160,7 +160,7 @@ PROBLEM: list[Row] = [
 ]
 
 DISPATCH: list[Row] = [
-    (call(backend="cuda"), ValueError, "backend = 'cuda'", "must be one of 'auto', 'reference'"),
+    (call(backend="cuda"), ValueError, "backend = 'cuda'", "must be one of 'auto', 'cpu', 'reference'"),
     (call(backend=None), ValueError, "backend = None", "must be one of 'auto'"),
 ]
 

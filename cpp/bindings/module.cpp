@@ -36,10 +36,12 @@ Mask mask_of(const std::optional<Array>& x) {
     return {static_cast<const uint8_t*>(x->data()), stride(0), stride(1), stride(2), stride(3)};
 }
 
-// q [B, H, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] or none, mask [1|B, 1|H, 1|Tq, 1|Tk] of bytes or none.
-Problem problem_of(const Array& q, const Array& k, const std::optional<Array>& v, const std::optional<Array>& mask,
-                   bool is_causal, int64_t first_position, float scale, float softcap, int64_t top_k, int64_t sinks,
-                   int64_t window, int64_t stride, bool centroid_tail) {
+// q [B, H, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] or none, mask [1|B, 1|H, 1|Tq, 1|Tk] of bytes or
+// none.
+Problem problem_of(const Array& q, const Array& k, const std::optional<Array>& v,
+                   const std::optional<Array>& mask, bool is_causal, int64_t first_position, float scale,
+                   float softcap, int64_t top_k, int64_t sinks, int64_t window, int64_t stride,
+                   bool centroid_tail) {
     const auto size = [](const Array& x, size_t axis) { return static_cast<int64_t>(x.shape(axis)); };
     Problem p;
     p.batch = size(q, 0);
@@ -113,22 +115,23 @@ NB_MODULE(_core, m) {
     using namespace nb::literals;
     m.def(
         "attention",
-        [](const Array& q, const Array& k, const Array& v, const Output& out, const std::optional<Array>& mask,
-           bool is_causal, int64_t first_position, float scale, float softcap, int64_t top_k, int64_t sinks,
-           int64_t window, int64_t stride, bool centroid_tail, int threads) {
-            const Problem p = problem_of(q, k, v, mask, is_causal, first_position, scale, softcap, top_k, sinks,
-                                         window, stride, centroid_tail);
+        [](const Array& q, const Array& k, const Array& v, const Output& out,
+           const std::optional<Array>& mask, bool is_causal, int64_t first_position, float scale,
+           float softcap, int64_t top_k, int64_t sinks, int64_t window, int64_t stride, bool centroid_tail,
+           int threads) {
+            const Problem p = problem_of(q, k, v, mask, is_causal, first_position, scale, softcap, top_k,
+                                         sinks, window, stride, centroid_tail);
             solve(threads, [&](const Options& options) { return attention(p, options, out.data()); });
         },
-        "q"_a, "k"_a, "v"_a, "out"_a, "mask"_a.none(), "is_causal"_a, "first_position"_a, "scale"_a, "softcap"_a,
-        "top_k"_a, "sinks"_a, "window"_a, "stride"_a, "centroid_tail"_a, "num_threads"_a);
+        "q"_a, "k"_a, "v"_a, "out"_a, "mask"_a.none(), "is_causal"_a, "first_position"_a, "scale"_a,
+        "softcap"_a, "top_k"_a, "sinks"_a, "window"_a, "stride"_a, "centroid_tail"_a, "num_threads"_a);
     m.def(
         "select",
         [](const Array& q, const Array& k, const Output& indices, const Output& counts,
-           const std::optional<Array>& mask, bool is_causal, int64_t first_position, float scale, int64_t top_k,
-           int64_t sinks, int64_t window, int64_t stride, int threads) {
-            const Problem p = problem_of(q, k, std::nullopt, mask, is_causal, first_position, scale, 0.0f, top_k,
-                                         sinks, window, stride, false);
+           const std::optional<Array>& mask, bool is_causal, int64_t first_position, float scale,
+           int64_t top_k, int64_t sinks, int64_t window, int64_t stride, int threads) {
+            const Problem p = problem_of(q, k, std::nullopt, mask, is_causal, first_position, scale, 0.0f,
+                                         top_k, sinks, window, stride, false);
             solve(threads, [&](const Options& options) {
                 return select(p, options, static_cast<int64_t>(indices.shape(3)),
                               static_cast<int32_t*>(indices.data()), static_cast<int32_t*>(counts.data()));

@@ -83,7 +83,8 @@ bool run(const Options& options, int64_t count, Task task) {
     const auto work = [&](int thread) {
         for (int64_t i; !stop && (i = next++) < count;) {
             task(thread, i);
-            if (thread == 0 && options.interrupted && options.interrupted(options.interrupted_data)) stop = true;
+            if (thread == 0 && options.interrupted && options.interrupted(options.interrupted_data))
+                stop = true;
         }
     };
     std::vector<std::thread> others;
@@ -129,11 +130,13 @@ bool solve(const Problem& p, const Options& options, void* out, const SelectionO
                              scratch.get() + thread * p.head_size * blocks);
         });
         const int64_t parts = (blocks + kIndexBlocksPerTask - 1) / kIndexBlocksPerTask;
-        const bool filled = fitted && run(options, kv_heads * parts, [&](int, int64_t task) {
-            const int64_t head = task / parts, first = task % parts * kIndexBlocksPerTask;
-            const int64_t last = first + kIndexBlocksPerTask < blocks ? first + kIndexBlocksPerTask : blocks;
-            kernel.fill_index(p, head / p.kv_heads, head % p.kv_heads, indexes->of(head), first, last);
-        });
+        const bool filled =
+            fitted && run(options, kv_heads * parts, [&](int, int64_t task) {
+                const int64_t head = task / parts, first = task % parts * kIndexBlocksPerTask;
+                const int64_t last =
+                    first + kIndexBlocksPerTask < blocks ? first + kIndexBlocksPerTask : blocks;
+                kernel.fill_index(p, head / p.kv_heads, head % p.kv_heads, indexes->of(head), first, last);
+            });
         if (!filled) return false;
     }
     // The last tiles first: under the causal rule they are the longest.
@@ -156,7 +159,8 @@ bool attention(const Problem& problem, const Options& options, void* out) {
     return solve(problem, options, out, nullptr);
 }
 
-bool select(const Problem& problem, const Options& options, int64_t width, int32_t* indices, int32_t* counts) {
+bool select(const Problem& problem, const Options& options, int64_t width, int32_t* indices,
+            int32_t* counts) {
     const SelectionOut selection = {width, indices, counts};
     Problem without_values = problem;
     without_values.rule.centroid_tail = false;

@@ -44,9 +44,9 @@ def attention(
 ) -> None:
     """Sparse-K attention into `out`; dense where `top_k` is the number of keys. Nothing is checked.
 
-    q [B, H, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] of one dtype (float32, float16, bfloat16) with their
-    last axis contiguous; out [B, H, Tq, Dv] contiguous; mask bytes [1|B, 1|H, 1|Tq, 1|Tk], nonzero = allowed.
-    Without the GIL; a signal handler's exception (Ctrl-C) ends the call.
+    q [B, H, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] of one dtype (float32, float16, bfloat16) with
+    their last axis contiguous; out [B, H, Tq, Dv] contiguous; mask bytes [1|B, 1|H, 1|Tq, 1|Tk], nonzero =
+    allowed. Runs without the GIL; a signal handler's exception (Ctrl-C) ends the call.
     """
 
 def select(
@@ -65,4 +65,5 @@ def select(
     stride: int,
     num_threads: int,
 ) -> None:
-    """The kept keys of every row: int32 `indices` [B, H, Tq, width], padded with -1, and `counts` [B, H, Tq]."""
+    """The kept keys of every row: int32 `indices` [B, H, Tq, width], padded with -1, and their `counts`
+    [B, H, Tq]."""

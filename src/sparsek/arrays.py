@@ -51,6 +51,15 @@ def cast(x: Array, dtype: Any) -> Array:
     return x.astype(dtype, copy=False)
 
 
+def narrow(x: Array, dtype: Any) -> Array:
+    """`cast`, but finite numbers stay finite; -inf stays -inf."""
+    xp = namespace(x)
+    if xp.finfo(x.dtype).max > xp.finfo(dtype).max:
+        limit = float(xp.finfo(dtype).max)
+        x = xp.where(x == -xp.inf, x, xp.clip(x, min=-limit, max=limit))
+    return cast(x, dtype)
+
+
 def compute_dtype(x: Array) -> Any:
     """The dtype to compute in: float64 stays, everything smaller is widened to float32."""
     xp = namespace(x)

@@ -109,6 +109,5 @@ def topk_mask(
     xp = arrays.namespace(q)
     bias = arrays.full((), 0, q.dtype, q)
     if problem.mask is not None and problem.mask.dtype != xp.bool:
-        lowest = float(xp.finfo(q.dtype).min)  # what is finite in the mask stays so in a smaller dtype
-        bias = arrays.cast(xp.clip(problem.mask, min=lowest), q.dtype)
+        bias = arrays.narrow(problem.mask, q.dtype)
     return xp.where(kept, bias, arrays.full((), float("-inf"), q.dtype, q))

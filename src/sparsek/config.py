@@ -93,8 +93,8 @@ class SparseKConfig:
         """Raises ValueError when `text` is not JSON, and as `from_dict` does."""
         try:
             values = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"not a JSON configuration ({error}): {text[:80]!r}") from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"not a JSON configuration ({error}): {str(text)[:80]!r}") from None
         return cls.from_dict(values)
 
     def to_gguf_metadata(self) -> dict[str, str | int]:
@@ -110,8 +110,12 @@ class SparseKConfig:
     @classmethod
     def from_gguf_metadata(cls, metadata: Mapping[str, Any]) -> SparseKConfig | None:
         """The configuration in a GGUF file's metadata, or None when it carries no `sparsek.*` key."""
+        if not isinstance(metadata, Mapping):
+            raise TypeError(f"metadata must map keys to values, got {metadata!r}")
         values = {
-            key[len(_GGUF_PREFIX) :]: value for key, value in metadata.items() if key.startswith(_GGUF_PREFIX)
+            key[len(_GGUF_PREFIX) :]: value
+            for key, value in metadata.items()
+            if isinstance(key, str) and key.startswith(_GGUF_PREFIX)
         }
         if not values:
             return None
@@ -179,6 +183,6 @@ def _checked_int(name: str, value: Any) -> int:
 
 
 def _checked_layers(value: Any) -> tuple[int, ...]:
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
+    if not isinstance(value, (tuple, list, set, frozenset, range)):
         raise TypeError(f"dense_layers = {value!r}: must be a tuple of layer numbers, like (0, 1)")
     return tuple(sorted({_checked_int("dense_layers", layer) for layer in value}))

@@ -11,6 +11,7 @@ from .config import SparseKConfig, Tail
 
 AUTO_STEP = 16
 AUTO_MIN = 32
+_MAX_CONTEXT = 2**53  # what a float counts exactly
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def resolve(
         TypeError: `layer` is no integer.
         ValueError: `top_k` is given per layer and `layer` is missing or outside the list.
     """
-    if layer is not None and not isinstance(layer, int):
+    if layer is not None and (isinstance(layer, bool) or not hasattr(layer, "__index__")):
         raise TypeError(f"layer = {layer!r}: must be the number of a layer, or None")
     context = num_keys if context is None else min(context, num_keys)
     budget = config.top_k
@@ -90,7 +91,7 @@ def recommend_k(context_length: int, num_parameters: float | None = None) -> Rec
     """
     if not _is_number(context_length):
         raise TypeError(f"context_length = {context_length!r}: must be a positive number of tokens")
-    if not 0 < context_length < math.inf:
+    if not 0 < context_length <= _MAX_CONTEXT:
         raise ValueError(f"context_length = {context_length!r}: must be a positive number of tokens")
     low, high = max(1, int(context_length // 64)), max(1, int(context_length // 32))
     if num_parameters is not None:

@@ -18,6 +18,7 @@ from .arrays import Array
 from .config import SparseKConfig
 from .policy import Rule, resolve
 
+_MAX_SOFTCAP: Final = 1e30  # a larger one is infinite in float32
 NO_VALUES: Final = object()  # only the selection is wanted; None would hide a forgotten v
 
 
@@ -90,9 +91,11 @@ def make_problem(
     mask = None if attn_mask is None else _checked_mask(attn_mask, q, k)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[3])
+    if not isinstance(is_causal, (bool, np.bool_)):
+        raise TypeError(f"is_causal = {is_causal!r}: must be True or False")
     _check_number("scale", scale, math.isfinite, "a finite number")
     if softcap is not None:
-        _check_number("softcap", softcap, lambda x: 0 < x < math.inf, "a positive number, or None")
+        _check_number("softcap", softcap, lambda x: 0 < x < _MAX_SOFTCAP, "a positive number, or None")
     if config.check_finite:
         _check_finite(tensors, mask)
     num_keys = int(k.shape[2])
@@ -104,7 +107,7 @@ def make_problem(
         is_causal=bool(is_causal),
         first_position=num_keys - int(q.shape[2]),  # the queries are the last of the positions
         scale=float(scale),
-        softcap=softcap,
+        softcap=None if softcap is None else float(softcap),
         rule=resolve(config, num_keys, layer=layer, context=context),
     )
 
@@ -116,8 +119,7 @@ def _shape(x: Any) -> str:
 def _check_kinds(tensors: dict[str, Any]) -> None:
     q = tensors["q"]
     for name, x in tensors.items():
-        if not arrays.is_torch(x) and not isinstance(x, np.ndarray):
-            raise TypeError(f"{name} is a {type(x).__name__}: must be a torch tensor or a numpy array")
+        _check_kind(name, x)
         if arrays.is_torch(x) != arrays.is_torch(q):
             raise TypeError(f"q is a {type(q).__name__} and {name} a {type(x).__name__}: must be of one kind")
         floating = x.is_floating_point() if arrays.is_torch(x) else x.dtype.char in "efd"
@@ -127,8 +129,21 @@ def _check_kinds(tensors: dict[str, Any]) -> None:
             )
         if x.dtype != q.dtype:
             raise TypeError(f"q has dtype {q.dtype} and {name} {x.dtype}: must be the same")
+        if arrays.is_torch(x) and x.is_meta and q.is_meta:
+            raise TypeError(f"{name} is a meta tensor: must have data")
         if arrays.is_torch(x) and x.device != q.device:
             raise ValueError(f"q is on {q.device} and {name} on {x.device}: must be on the same device")
+
+
+def _check_kind(name: str, x: Any) -> None:
+    if arrays.is_torch(x):
+        if str(x.layout) != "torch.strided" or x.is_nested:
+            form = "nested" if x.is_nested else x.layout
+            raise TypeError(f"{name} is a {form} tensor: must be an ordinary dense one")
+    elif not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a {type(x).__name__}: must be a torch tensor or a numpy array")
+    elif not x.dtype.isnative:
+        raise TypeError(f"{name} has dtype {x.dtype.str}: must be in this machine's byte order")
 
 
 def _check_shapes(tensors: dict[str, Any]) -> None:
@@ -157,6 +172,7 @@ def _checked_mask(mask: Any, q: Array, k: Array) -> Array:
         raise TypeError(
             f"attn_mask is a {type(mask).__name__} and q a {type(q).__name__}: must be of one kind"
         )
+    _check_kind("attn_mask", mask)
     xp = arrays.namespace(mask)
     floating = mask.is_floating_point() if arrays.is_torch(mask) else mask.dtype.char in "efd"
     if mask.dtype != xp.bool and not floating:
@@ -178,7 +194,11 @@ def _checked_mask(mask: Any, q: Array, k: Array) -> Array:
 def _check_number(name: str, x: Any, good: Callable[[Any], bool], allowed: str) -> None:
     if not isinstance(x, Real):
         raise TypeError(f"{name} = {x!r}: must be {allowed}")
-    if not good(x):
+    try:
+        fits = good(float(x))
+    except OverflowError:
+        fits = False
+    if not fits:
         raise ValueError(f"{name} = {x!r}: must be {allowed}")
 
 

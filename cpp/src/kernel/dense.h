@@ -30,8 +30,8 @@ struct DenseWork {
 
 // c[kRows, 16 kVectors] (+)= a[kRows, depth] b[depth, ...]; strides in floats.
 template <int kRows, int kVectors, bool kAdd>
-inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
-                     int64_t c_stride) {
+inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+                     float* c, int64_t c_stride) {
     F acc[kRows][kVectors];
     for (int r = 0; r < kRows; ++r) {
         for (int v = 0; v < kVectors; ++v) acc[r][v] = kAdd ? load(c + r * c_stride + 16 * v) : set1(0.0f);
@@ -53,20 +53,23 @@ inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t b
 
 // The same for any number of columns that is a multiple of 16.
 template <bool kAdd>
-inline void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth, float* c,
-                          int64_t c_stride, int64_t columns) {
+inline void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+                          float* c, int64_t c_stride, int64_t columns) {
     int64_t j = 0;
     for (; j + 16 * kDenseVectors <= columns; j += 16 * kDenseVectors) {
         multiply<kDenseRows, kDenseVectors, kAdd>(a, a_stride, b + j, b_stride, depth, c + j, c_stride);
     }
-    for (; j < columns; j += 16) multiply<kDenseRows, 1, kAdd>(a, a_stride, b + j, b_stride, depth, c + j, c_stride);
+    for (; j < columns; j += 16)
+        multiply<kDenseRows, 1, kAdd>(a, a_stride, b + j, b_stride, depth, c + j, c_stride);
 }
 
 // A block of keys, transposed, and of values, both in float and padded with zeros.
 template <typename T>
 inline void pack_block(const Problem& p, const T* keys, const T* values, int64_t block, int64_t count,
                        const DenseWork& w) {
-    const auto row = [&](const T* rows, int64_t stride, int64_t j) { return rows + (block * kBlock + j) * stride; };
+    const auto row = [&](const T* rows, int64_t stride, int64_t j) {
+        return rows + (block * kBlock + j) * stride;
+    };
     for (int64_t c = 0; c < p.head_size; c += 16) {
         const int64_t n = minimum(16, p.head_size - c);
         for (int64_t j = 0; j < kBlock; j += 16) {
@@ -151,8 +154,8 @@ void dense_tile(const Problem& p, const Tile& tile, std::byte* workspace, void* 
             for (int64_t i = r; i < r + kDenseRows; ++i) any |= w.allowed[i * w.blocks + b];
             if (any == 0) continue;
             float* scores = w.scores + r * kBlock;
-            multiply_rows<false>(w.queries + r * p.head_size, p.head_size, w.keys, kBlock, p.head_size, scores, kBlock,
-                                 kBlock);
+            multiply_rows<false>(w.queries + r * p.head_size, p.head_size, w.keys, kBlock, p.head_size,
+                                 scores, kBlock, kBlock);
             for (int64_t i = 0; i < kDenseRows; ++i) {
                 const float factor = soften(scores + i * kBlock, w.allowed[(r + i) * w.blocks + b], p.softcap,
                                             w.peak + r + i, w.total + r + i);
@@ -160,8 +163,8 @@ void dense_tile(const Problem& p, const Tile& tile, std::byte* workspace, void* 
                 float* o = w.out + (r + i) * w.values;
                 for (int64_t d = 0; d < w.values; d += 16) store(o + d, load(o + d) * set1(factor));
             }
-            multiply_rows<true>(scores, kBlock, w.block_values, w.values, kBlock, w.out + r * w.values, w.values,
-                                w.values);
+            multiply_rows<true>(scores, kBlock, w.block_values, w.values, kBlock, w.out + r * w.values,
+                                w.values, w.values);
         }
     }
     for (int64_t r = 0; r < tile.num_rows; ++r) {

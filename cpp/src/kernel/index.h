@@ -41,8 +41,8 @@ inline float median(float* x, int64_t n) {
     return x[k];
 }
 
-// Medians over blocks, so that a few enormous keys cannot spoil the precision of all others: they are clamped,
-// and their blocks get a wide error bound.
+// Medians over blocks, so that a few enormous keys cannot spoil the precision of all others: they are
+// clamped, and their blocks get a wide error bound.
 template <typename T>
 void fit_index(const Problem& p, int64_t batch, int64_t kv_head, const KeyIndex& index, float* scratch) {
     const int64_t size = p.head_size, blocks = blocks_of(p.num_keys);
@@ -58,7 +58,8 @@ void fit_index(const Problem& p, int64_t batch, int64_t kv_head, const KeyIndex&
         for (int64_t c = 0; c < size; c += 16) {
             const int64_t n = size - c < 16 ? size - c : 16;
             F total = set1(0.0f);
-            for (int64_t j = 0; j < count; ++j) total = total + load_n(keys + (first + j) * p.k.token_stride + c, n);
+            for (int64_t j = 0; j < count; ++j)
+                total = total + load_n(keys + (first + j) * p.k.token_stride + c, n);
             float lanes[16];
             store(lanes, total * set1(1.0f / static_cast<float>(count)));
             for (int64_t i = 0; i < n; ++i) scratch[(c + i) * blocks + b] = lanes[i];
@@ -132,7 +133,8 @@ void fill_index(const Problem& p, int64_t batch, int64_t kv_head, const KeyIndex
             for (int64_t c = 0; c < width; c += 16) {
                 const int64_t n = width - c < 16 ? width - c : 16;
                 F total = set1(0.0f);
-                for (int64_t j = 0; j < kBlock; ++j) total = total + load_n(rows + (b * kBlock + j) * stride + c, n);
+                for (int64_t j = 0; j < kBlock; ++j)
+                    total = total + load_n(rows + (b * kBlock + j) * stride + c, n);
                 store_n(out + b * width + c, total * set1(1.0f / kBlock), n);
             }
         };

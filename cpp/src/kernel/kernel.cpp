@@ -1,7 +1,7 @@
 // The kernels of one instruction set: this file is compiled once for each, with SPARSEK_KERNEL its namespace.
 //
-// Everything here lives in that namespace or has internal linkage: a function that the linker could share with
-// code for another instruction set would crash on machines without this one.
+// Everything here lives in that namespace or has internal linkage: a function that the linker could share
+// with code for another instruction set would crash on machines without this one.
 
 #include "kernel/kernel.h"
 
@@ -52,7 +52,8 @@ void fit_any(const Problem& p, int64_t batch, int64_t kv_head, const KeyIndex& i
     });
 }
 
-void fill_any(const Problem& p, int64_t batch, int64_t kv_head, const KeyIndex& index, int64_t first, int64_t last) {
+void fill_any(const Problem& p, int64_t batch, int64_t kv_head, const KeyIndex& index, int64_t first,
+              int64_t last) {
     with_type(p.dtype, [&](auto* type) {
         fill_index<std::remove_pointer_t<decltype(type)>>(p, batch, kv_head, index, first, last);
     });
@@ -66,8 +67,9 @@ void sparse_any(const Problem& p, const KeyIndex& index, const Tile& tile, std::
 }
 
 void dense_any(const Problem& p, const Tile& tile, std::byte* workspace, void* out) {
-    with_type(p.dtype,
-              [&](auto* type) { dense_tile<std::remove_pointer_t<decltype(type)>>(p, tile, workspace, out); });
+    with_type(p.dtype, [&](auto* type) {
+        dense_tile<std::remove_pointer_t<decltype(type)>>(p, tile, workspace, out);
+    });
 }
 
 }  // namespace

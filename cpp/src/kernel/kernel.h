@@ -8,26 +8,26 @@
 
 namespace sparsek {
 
-inline constexpr int64_t kBlock = 64;     // keys that share a centroid, an error bound and a word of bits
-inline constexpr int kTileRows = 12;      // query rows that are scanned together
+inline constexpr int64_t kBlock = 64;      // keys that share a centroid, an error bound and a word of bits
+inline constexpr int kTileRows = 12;       // query rows that are scanned together
 inline constexpr int kDenseTileRows = 96;  // and those of dense attention
 
 inline constexpr int64_t blocks_of(int64_t num_keys) { return (num_keys + kBlock - 1) / kBlock; }
 
 // The keys of one KV head in low precision, and their centroids: [number of blocks, ...] each.
 //
-// A key k is stored as the bytes 128 + round((k - center) / scale), clamped; softmax ignores the shift, and the
-// scale of a channel is folded into the query. `residual` and `norm` bound, per block, the Euclidean norms of
-// what rounding took away and of what is left: the error of a score follows by Cauchy-Schwarz.
+// A key k is stored as the bytes 128 + round((k - center) / scale), clamped; softmax ignores the shift, and
+// the scale of a channel is folded into the query. `residual` and `norm` bound, per block, the Euclidean
+// norms of what rounding took away and of what is left: the error of a score follows by Cauchy-Schwarz.
 struct KeyIndex {
-    uint8_t* packed;   // [blocks, groups of 4 channels, 64 keys in the kernel's order, 4]
-    float* residual;   // [blocks]
-    float* norm;       // [blocks]
-    float* key_mean;   // [blocks, head_size]; of complete blocks
+    uint8_t* packed;    // [blocks, groups of 4 channels, 64 keys in the kernel's order, 4]
+    float* residual;    // [blocks]
+    float* norm;        // [blocks]
+    float* key_mean;    // [blocks, head_size]; of complete blocks
     float* value_mean;  // [blocks, value_size]
-    float* center;     // [head_size]
-    float* scale;      // [head_size]
-    float* inverse;    // [head_size], 1 / scale
+    float* center;      // [head_size]
+    float* scale;       // [head_size]
+    float* inverse;     // [head_size], 1 / scale
 };
 
 // Which rows of which KV head. Rows of a head's group are numbered token by token: row / group is the query,

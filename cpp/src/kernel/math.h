@@ -28,7 +28,9 @@ inline F capped(F x, float softcap) {
     const F t = (set1(1.0f) - e) / (set1(1.0f) + e);
     return copy_sign(t, y) * set1(softcap);
 }
-inline float capped(float x, float softcap) { return softcap > 0 ? softcap * __builtin_tanhf(x / softcap) : x; }
+inline float capped(float x, float softcap) {
+    return softcap > 0 ? softcap * __builtin_tanhf(x / softcap) : x;
+}
 
 template <typename T, int kSize>
 inline F dots_fixed(const float* q, const T* const* rows, int64_t size) {

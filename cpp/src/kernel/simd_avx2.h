@@ -29,7 +29,8 @@ inline F load(const BFloat* p) {
 }
 // All ones in the first n of 16 lanes.
 inline __m256i lanes_before(int64_t n, int first) {
-    const __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(first));
+    const __m256i lane =
+        _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(first));
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
 }
 // The first n of 16, the others 0.
@@ -89,7 +90,8 @@ inline F keep_lanes(F x, uint32_t bits, float value) {
     const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const auto half = [&](__m256 v, uint32_t b) {
         const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(b)), lane_bit);
-        return _mm256_blendv_ps(_mm256_set1_ps(value), v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane_bit)));
+        return _mm256_blendv_ps(_mm256_set1_ps(value), v,
+                                _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane_bit)));
     };
     return {half(x.low, bits & 255), half(x.high, bits >> 8)};
 }
@@ -159,14 +161,16 @@ inline void store_bytes(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__
 
 // Elementwise maximum of 64 numbers.
 inline void max64(int16_t* out, const int16_t* a, const int16_t* b) {
-    for (int i = 0; i < 64; i += 16) store_bytes(out + i, _mm256_max_epi16(load_bytes(a + i), load_bytes(b + i)));
+    for (int i = 0; i < 64; i += 16)
+        store_bytes(out + i, _mm256_max_epi16(load_bytes(a + i), load_bytes(b + i)));
 }
 // Bit i says whether x[i] >= threshold.
 inline uint64_t at_least64(const int16_t* x, int16_t threshold) {
     const __m256i t = _mm256_set1_epi16(threshold);
     uint64_t below = 0;
     for (int i = 0; i < 64; i += 32) {
-        const __m256i a = _mm256_cmpgt_epi16(t, load_bytes(x + i)), b = _mm256_cmpgt_epi16(t, load_bytes(x + i + 16));
+        const __m256i a = _mm256_cmpgt_epi16(t, load_bytes(x + i)),
+                      b = _mm256_cmpgt_epi16(t, load_bytes(x + i + 16));
         // Packing to bytes works within halves: the permutation puts the quarters in order.
         const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8);
         below |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(bytes))) << i;
@@ -176,7 +180,8 @@ inline uint64_t at_least64(const int16_t* x, int16_t threshold) {
 inline uint32_t at_least16(const int32_t* x, int32_t threshold) {
     const __m256i t = _mm256_set1_epi32(threshold);
     const auto below = [&](const int32_t* p) {
-        return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(t, load_bytes(p)))));
+        return static_cast<uint32_t>(
+            _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(t, load_bytes(p)))));
     };
     return ~(below(x) | below(x + 8) << 8) & 0xffff;
 }
@@ -195,8 +200,8 @@ inline uint64_t nonzero64(const uint8_t* x) {
 
 // ---- The scan: scores of 64 keys in 8 bits with some query rows. See simd_avx512.h.
 
-// Two products of unsigned and signed bytes are added in 16 bits, with saturation: 2 * 255 * 63 still fits, and
-// 2 * 255 * 127 would not. So queries have 7 bits here.
+// Two products of unsigned and signed bytes are added in 16 bits, with saturation: 2 * 255 * 63 still fits,
+// and 2 * 255 * 127 would not. So queries have 7 bits here.
 inline constexpr float kQueryMax = 63.0f;
 inline constexpr int kScanRows = 3;
 inline constexpr int kDenseRows = 6, kDenseVectors = 1;

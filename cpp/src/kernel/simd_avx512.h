@@ -146,8 +146,8 @@ inline constexpr int kDenseRows = 6, kDenseVectors = 4;
 // Where key j of a block stands, so that packing to 16 bits puts the scores in order.
 inline constexpr int slot_of(int j) { return (j / 32 * 2 + (j % 8 >= 4)) * 16 + j % 32 / 8 * 4 + j % 4; }
 
-// scores[row * stride + j] = (sum_d key_jd * query_rowd) >> shift[row], with the offset of the keys, which is in
-// `start`, taken off.
+// scores[row * stride + j] = (sum_d key_jd * query_rowd) >> shift[row], with the offset of the keys, which is
+// in `start`, taken off.
 inline void scan_block(const uint8_t* keys, const int8_t* queries, int64_t query_stride, const int32_t* start,
                        const int32_t* shift, int64_t channel_groups, int16_t* scores, int64_t stride) {
     __m512i acc[kScanRows][4];
@@ -169,9 +169,10 @@ inline void scan_block(const uint8_t* keys, const int8_t* queries, int64_t query
     for (int r = 0; r < kScanRows; ++r) {
         const __m128i s = _mm_cvtsi32_si128(shift[r]);
         int16_t* out = scores + r * stride;
-        _mm512_storeu_si512(out, _mm512_packs_epi32(_mm512_sra_epi32(acc[r][0], s), _mm512_sra_epi32(acc[r][1], s)));
-        _mm512_storeu_si512(out + 32,
-                            _mm512_packs_epi32(_mm512_sra_epi32(acc[r][2], s), _mm512_sra_epi32(acc[r][3], s)));
+        _mm512_storeu_si512(
+            out, _mm512_packs_epi32(_mm512_sra_epi32(acc[r][0], s), _mm512_sra_epi32(acc[r][1], s)));
+        _mm512_storeu_si512(
+            out + 32, _mm512_packs_epi32(_mm512_sra_epi32(acc[r][2], s), _mm512_sra_epi32(acc[r][3], s)));
     }
 }
 

@@ -1,12 +1,12 @@
-// One tile of query rows: scan all keys in 8 bits, narrow them down to a few certain candidates, rescore those
-// exactly, keep the best, attend.
+// One tile of query rows: scan all keys in 8 bits, narrow them down to a few certain candidates, rescore
+// those exactly, keep the best, attend.
 //
-// Why the kept set is exact. Let a be a row's low-precision scores and e_b a bound on their error in block b. The
-// K-th largest of the maxima over disjoint groups of keys is at most the K-th largest score: at least K keys are
-// as good. Every key of block b that lies more than e_b below it is left out; its true score is below `bound`.
-// When the K-th best exact score of those that remain is above `bound`, nothing left out can belong to the best K.
-// The margin is chosen so that this nearly always holds, and the rows where it does not are done again with a
-// wider one.
+// Why the kept set is exact. Let a be a row's low-precision scores and e_b a bound on their error in block b.
+// The K-th largest of the maxima over disjoint groups of keys is at most the K-th largest score: at least K
+// keys are as good. Every key of block b that lies more than e_b below it is left out; its true score is
+// below `bound`. When the K-th best exact score of those that remain is above `bound`, nothing left out can
+// belong to the best K. The margin is chosen so that this nearly always holds, and the rows where it does not
+// are done again with a wider one.
 #pragma once
 
 namespace sparsek {
@@ -92,7 +92,8 @@ inline void allowed_bits(const Problem& p, int64_t batch, const Row& row, int64_
     for (int64_t b = 0; b < blocks; ++b) bits[b] = first_bits(maximum(0, minimum(kBlock, seen - b * kBlock)));
     if (p.mask.data == nullptr) return;
     const Mask& m = p.mask;
-    const uint8_t* bytes = m.data + batch * m.batch_stride + row.head * m.head_stride + row.query * m.query_stride;
+    const uint8_t* bytes =
+        m.data + batch * m.batch_stride + row.head * m.head_stride + row.query * m.query_stride;
     for (int64_t b = 0; b < blocks && b * kBlock < seen; ++b) {
         const int64_t count = minimum(kBlock, p.num_keys - b * kBlock);
         uint64_t word = 0;
@@ -111,7 +112,8 @@ inline void allowed_bits(const Problem& p, int64_t batch, const Row& row, int64_
 inline void always_bits(const Problem& p, const Row& row, const uint64_t* allowed, const SparseWork& w) {
     std::memset(w.always, 0, static_cast<size_t>(w.blocks) * sizeof(uint64_t));
     const int64_t sink_blocks = minimum(w.blocks, blocks_of(minimum(p.rule.sinks, p.num_keys)));
-    for (int64_t b = 0; b < sink_blocks; ++b) w.always[b] = allowed[b] & first_bits(p.rule.sinks - b * kBlock);
+    for (int64_t b = 0; b < sink_blocks; ++b)
+        w.always[b] = allowed[b] & first_bits(p.rule.sinks - b * kBlock);
     int64_t room = p.rule.window;
     const int64_t last = minimum(row.position, p.num_keys - 1);
     for (int64_t b = last / kBlock; last >= 0 && b >= 0 && room > 0; --b) {
@@ -125,23 +127,23 @@ inline void always_bits(const Problem& p, const Row& row, const uint64_t* allowe
     }
 }
 
-// The row's query in float, times the scale of the scores, and in 8 bits.
+// The row's query in float, and, times the scale of the scores, in 8 bits.
 template <typename T>
-inline void quantise_query(const Problem& p, int64_t batch, const KeyIndex& index, float largest_norm, Row* row,
-                           float* query, int8_t* quantised, int64_t bytes) {
+inline void quantise_query(const Problem& p, int64_t batch, const KeyIndex& index, float largest_norm,
+                           Row* row, float* query, int8_t* quantised, int64_t bytes) {
     const T* q = head_of<T>(p.q, batch, row->head) + row->query * p.q.token_stride;
     float offset = 0.0f, widest = 0.0f;
     for (int64_t d = 0; d < p.head_size; ++d) {
-        query[d] = to_float(q[d]) * p.scale;
-        offset += query[d] * index.center[d];
-        const float x = __builtin_fabsf(query[d] * index.scale[d]);
+        query[d] = to_float(q[d]);
+        offset += query[d] * p.scale * index.center[d];
+        const float x = __builtin_fabsf(query[d] * p.scale * index.scale[d]);
         widest = x <= widest ? widest : x;
     }
     const float step = widest > 0.0f ? widest / kQueryMax : 1.0f;
     float norm = 0.0f, error = 0.0f, kept = 0.0f;
     int32_t total = 0;
     for (int64_t d = 0; d < bytes; ++d) {
-        const float x = d < p.head_size ? query[d] * index.scale[d] / step : 0.0f;
+        const float x = d < p.head_size ? query[d] * p.scale * index.scale[d] / step : 0.0f;
         float r = __builtin_rintf(x);
         if (!(r >= -kQueryMax && r <= kQueryMax)) r = 0.0f;
         quantised[d] = static_cast<int8_t>(r);
@@ -166,7 +168,8 @@ inline int16_t kth_largest(const int16_t* x, int64_t n, int64_t k) {
     while (low < high) {
         const int middle = (low + high + 1) >> 1;
         int64_t count = 0;
-        for (int64_t i = 0; i < n; i += 64) count += count_bits(at_least64(x + i, static_cast<int16_t>(middle)));
+        for (int64_t i = 0; i < n; i += 64)
+            count += count_bits(at_least64(x + i, static_cast<int16_t>(middle)));
         if (count >= k) {
             low = middle;
             if (count == k) break;
@@ -198,12 +201,13 @@ inline void score_keys(const Problem& p, const T* keys, const float* query, int3
     for (int64_t i = first; i < padded; i += 16) {
         const T* rows[16];
         for (int j = 0; j < 16; ++j) rows[j] = keys + index[i + j] * p.k.token_stride;
-        store(scores + i, dots(query, rows, p.head_size));
+        // Scaled last: equal products stay equal, and ties go to the lower position.
+        store(scores + i, dots(query, rows, p.head_size) * set1(p.scale));
     }
 }
 
-// Keeps the `k` best of `count` > k listed keys, ties to the lower position, in their order, and moves their scores
-// along. Returns the k-th best score.
+// Keeps the `k` best of `count` > k listed keys, ties to the lower position, in their order, and moves their
+// scores along. Returns the k-th best score.
 inline float keep_best(int64_t k, int64_t count, int32_t* index, float* scores, int32_t* order) {
     const int64_t padded = round_up(count, 16);
     int32_t highest_order = INT32_MIN, lowest_order = INT32_MAX;
@@ -219,7 +223,8 @@ inline float keep_best(int64_t k, int64_t count, int32_t* index, float* scores, 
     while (low < high) {
         const int64_t middle = (low + high + 1) >> 1;
         int64_t n = 0;
-        for (int64_t i = 0; i < padded; i += 16) n += count_bits(at_least16(order + i, static_cast<int32_t>(middle)));
+        for (int64_t i = 0; i < padded; i += 16)
+            n += count_bits(at_least16(order + i, static_cast<int32_t>(middle)));
         if (n >= k) {
             low = middle;
             if (n == k) break;
@@ -245,8 +250,8 @@ inline float keep_best(int64_t k, int64_t count, int32_t* index, float* scores, 
 
 // The best `top_k` of the row's candidates: their positions and exact scores. Returns their number.
 template <typename T>
-inline int64_t select_row(const Problem& p, const KeyIndex& index, const T* keys, const Row& row, const float* query,
-                          int16_t* scores, const SparseWork& w) {
+inline int64_t select_row(const Problem& p, const KeyIndex& index, const T* keys, const Row& row,
+                          const float* query, int16_t* scores, const SparseWork& w) {
     int64_t first = w.blocks, last = 0, total = 0;
     for (int64_t b = 0; b < w.blocks; ++b) {
         if (w.candidates[b] == 0) continue;
@@ -284,7 +289,8 @@ inline int64_t select_row(const Problem& p, const KeyIndex& index, const T* keys
         }
         const int64_t n = list_bits(
             first, last,
-            [&](int64_t b) { return w.candidates[b] & at_least64(scores + b * kBlock, w.thresholds[b]); }, w.index);
+            [&](int64_t b) { return w.candidates[b] & at_least64(scores + b * kBlock, w.thresholds[b]); },
+            w.index);
         if (n < k) continue;
         score_keys(p, keys, query, w.index, 0, n, w.weights);
         if (n == total) {
@@ -303,10 +309,11 @@ inline int64_t select_row(const Problem& p, const KeyIndex& index, const T* keys
     return k;  // not reached: an infinite margin keeps every candidate
 }
 
-// What the kept keys leave out, as one logit per complete and wholly allowed block; returns the number of blocks.
+// What the kept keys leave out, as one logit per complete and wholly allowed block; returns the number of
+// blocks.
 template <typename T>
-inline int64_t tail_logits(const Problem& p, const KeyIndex& index, const float* query, const uint64_t* allowed,
-                           int64_t count, const SparseWork& w) {
+inline int64_t tail_logits(const Problem& p, const KeyIndex& index, const float* query,
+                           const uint64_t* allowed, int64_t count, const SparseWork& w) {
     int64_t blocks = p.num_keys / kBlock;
     while (blocks > 0 && allowed[blocks - 1] != ~0ull) --blocks;
     if (blocks == 0) return 0;
@@ -322,7 +329,7 @@ inline int64_t tail_logits(const Problem& p, const KeyIndex& index, const float*
     for (int64_t b = 0; b < blocks; b += 16) {
         const float* rows[16];
         for (int64_t j = 0; j < 16; ++j) rows[j] = index.key_mean + minimum(b + j, blocks - 1) * p.head_size;
-        store(w.tail + b, dots(query, rows, p.head_size));
+        store(w.tail + b, dots(query, rows, p.head_size) * set1(p.scale));
     }
     for (int64_t b = 0; b < blocks; ++b) {
         const auto dropped = static_cast<float>(kBlock - kept[b]);
@@ -353,8 +360,8 @@ inline float largest_of(const float* x, int64_t count, float start) {
 
 // Softmax over the `count` kept keys and the tail, into the row of the output.
 template <typename T>
-inline void attend_row(const Problem& p, const KeyIndex& index, const T* values, const Row& row, int64_t count,
-                       int64_t blocks, int64_t batch, const SparseWork& w, T* out) {
+inline void attend_row(const Problem& p, const KeyIndex& index, const T* values, const Row& row,
+                       int64_t count, int64_t blocks, int64_t batch, const SparseWork& w, T* out) {
     T* result = out + ((batch * p.heads + row.head) * p.num_queries + row.query) * p.value_size;
     if (p.softcap > 0.0f) {
         for (int64_t i = 0; i < count; i += 16) store(w.weights + i, capped(load(w.weights + i), p.softcap));
@@ -363,15 +370,16 @@ inline void attend_row(const Problem& p, const KeyIndex& index, const T* values,
     const float total = exponentials(w.weights, count, peak) + exponentials(w.tail, blocks, peak);
     for (int64_t d = 0; d < round_up(p.value_size, 16); ++d) w.out[d] = 0.0f;
     add_weighted<T>(
-        w.weights, count, [&](int64_t i) { return values + w.index[i] * p.v.token_stride; }, p.value_size, w.out);
+        w.weights, count, [&](int64_t i) { return values + w.index[i] * p.v.token_stride; }, p.value_size,
+        w.out);
     add_weighted<float>(
         w.tail, blocks, [&](int64_t b) { return index.value_mean + b * p.value_size; }, p.value_size, w.out);
     const float inverse = count + blocks == 0 ? 0.0f : 1.0f / total;
     for (int64_t d = 0; d < p.value_size; ++d) from_float(w.out[d] * inverse, result + d);
 }
 
-inline void write_selection(const Problem& p, const Row& row, int64_t batch, int64_t count, const SparseWork& w,
-                            const SelectionOut& out) {
+inline void write_selection(const Problem& p, const Row& row, int64_t batch, int64_t count,
+                            const SparseWork& w, const SelectionOut& out) {
     const int64_t at = (batch * p.heads + row.head) * p.num_queries + row.query;
     int32_t* indices = out.indices + at * out.width;
     // The chosen keys join the always-kept ones as bits, which puts all in order.
@@ -391,7 +399,8 @@ void sparse_tile(const Problem& p, const KeyIndex& index, const Tile& tile, std:
     const T* values = selection ? nullptr : head_of<T>(p.v, tile.batch, tile.kv_head);
 
     float largest_norm = 0.0f;
-    for (int64_t b = 0; b < w.blocks; ++b) largest_norm = index.norm[b] > largest_norm ? index.norm[b] : largest_norm;
+    for (int64_t b = 0; b < w.blocks; ++b)
+        largest_norm = index.norm[b] > largest_norm ? index.norm[b] : largest_norm;
     if (p.rule.stride > 0) {
         std::memset(w.strided, 0, static_cast<size_t>(w.blocks) * sizeof(uint64_t));
         for (int64_t j = 0; j < p.num_keys; j += p.rule.stride) w.strided[j / kBlock] |= 1ull << (j % kBlock);
@@ -422,9 +431,9 @@ void sparse_tile(const Problem& p, const KeyIndex& index, const Tile& tile, std:
     if ((last - first) * kBlock > p.rule.top_k) {
         for (int64_t b = first; b < last; ++b) {
             for (int r = 0; r < kTileRows; r += kScanRows) {
-                scan_block(index.packed + b * kBlock * w.query_bytes, w.quantised + r * w.query_bytes, w.query_bytes,
-                           start + r, shift + r, w.query_bytes / 4, w.scores + r * w.padded_keys + b * kBlock,
-                           w.padded_keys);
+                scan_block(index.packed + b * kBlock * w.query_bytes, w.quantised + r * w.query_bytes,
+                           w.query_bytes, start + r, shift + r, w.query_bytes / 4,
+                           w.scores + r * w.padded_keys + b * kBlock, w.padded_keys);
             }
         }
     }

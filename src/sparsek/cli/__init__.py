@@ -18,9 +18,18 @@ COMMANDS: Final = {
     "info": "processor, kernels, engines and what auto would choose",
 }
 # What a wrong input or a missing part raises; anything else is a defect and shows its traceback.
-_EXPECTED: Final = (ValueError, TypeError, OSError, ImportError, NotImplementedError, MemoryError)
+_EXPECTED: Final = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    NotImplementedError,
+    MemoryError,
+    OverflowError,
+)
 _FAILED: Final = 2
 _INTERRUPTED: Final = 130
+_LONGEST_MESSAGE: Final = 500
 
 
 class _Group(click.Group):
@@ -63,6 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = cli.main(given, prog_name="sparsek", standalone_mode=False)
         return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return _FAILED
     except click.ClickException as error:
         return _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
@@ -72,11 +84,20 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if debug or not (isinstance(error, _EXPECTED) or type(error).__name__ == "VerificationError"):
+        if debug or not _is_expected(error):
             raise
         return _fail(str(error) or type(error).__name__)
 
 
+def _is_expected(error: Exception) -> bool:
+    if isinstance(error, RuntimeError) and "memory" in str(error):  # PyTorch's way of saying MemoryError
+        return True
+    return isinstance(error, _EXPECTED) or type(error).__name__ == "VerificationError"
+
+
 def _fail(message: str) -> int:
-    print(f"sparsek: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    if len(line) > _LONGEST_MESSAGE:
+        line = f"{line[: _LONGEST_MESSAGE - 3]}..."
+    print(f"sparsek: {line}", file=sys.stderr)
     return _FAILED

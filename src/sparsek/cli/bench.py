@@ -11,11 +11,12 @@ from .options import (
     Budgets,
     Counts,
     common_options,
-    make_config,
+    load,
+    make_configs,
     model_options,
+    note_dense,
     rule_options,
     use_threads,
-    with_budget,
 )
 from .output import Column, output_option, progress, write_records
 
@@ -45,7 +46,12 @@ COLUMNS: Final[list[Column]] = [
     help="Prompt lengths; 0 for none.",
 )
 @click.option(
-    "-n", "--generate", type=int, default=32, show_default=True, help="Tokens to generate; 0 for none."
+    "-n",
+    "--generate",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="Tokens to generate; 0 for none.",
 )
 @click.option(
     "-d", "--depths", type=Counts(), default="0", show_default=True, help="Tokens before the generated ones."
@@ -66,7 +72,7 @@ def command(
     prompts: list[int],
     generate: int,
     depths: list[int],
-    top_k: list[TopK],
+    top_k: list[TopK] | None,
     repetitions: int,
     text: str | None,
     threads: int | None,
@@ -88,14 +94,16 @@ def command(
     """
     from ..bench import model as library
     from ..bench.text import read_text
-    from ..engines.base import open_engine
 
-    configs = [with_budget(make_config(**rule), budget) for budget in top_k]
+    make_configs(top_k, None, **rule)  # what is wrong in them shows before the model is loaded
     planned = library.tests(prompts, generate, depths)
     if not planned:
         raise click.UsageError("nothing to measure: -p and -n are both 0")
     _, words = read_text(text)
-    opened = open_engine(engine, model, threads=threads)
+    opened = load(engine, model, threads)
+    configs = make_configs(top_k, opened.model_config, **rule)
+    if top_k is None:
+        configs = [None, *configs]
     with progress("bench", len(planned) * len(configs) * repetitions) as advance:
         records = list(
             library.bench(
@@ -109,3 +117,4 @@ def command(
             )
         )
     write_records(records, output, COLUMNS)
+    note_dense(configs, min(test.prompt + test.depth + test.generated for test in planned))

@@ -7,7 +7,16 @@ from typing import Any, Final
 import click
 
 from ..config import TopK
-from .options import Budgets, Counts, common_options, make_config, rule_options, use_threads, with_budget
+from ..kernels.dispatch import BACKENDS
+from .options import (
+    Budgets,
+    Counts,
+    common_options,
+    make_configs,
+    note_dense,
+    rule_options,
+    use_threads,
+)
 from .output import Column, output_option, progress, write_records
 
 COLUMNS: Final[list[Column]] = [
@@ -16,7 +25,7 @@ COLUMNS: Final[list[Column]] = [
     ("heads", lambda r: f"{r.heads}/{r.kv_heads}x{r.head_dim}"),
     ("queries", lambda r: str(r.queries)),
     ("tokens", lambda r: str(r.tokens)),
-    ("K", lambda r: str(r.top_k)),
+    ("K", lambda r: "all" if r.top_k == r.tokens else str(r.top_k)),
     ("ms", lambda r: f"{r.ms:.2f}"),
     ("baseline", lambda r: r.baseline),
     ("baseline ms", lambda r: "" if r.baseline_ms is None else f"{r.baseline_ms:.2f}"),
@@ -37,7 +46,7 @@ _HEADS, _KV_HEADS, _HEAD_DIM = 9, 3, 64
     "--kv-heads", type=click.IntRange(1), default=_KV_HEADS, show_default=True, help="Key/value heads."
 )
 @click.option("--head-dim", type=click.IntRange(1), default=_HEAD_DIM, show_default=True, help="Head size.")
-@click.option("-k", "--top-k", type=Budgets(), default="auto", show_default=True, help="K to measure.")
+@click.option("-k", "--top-k", type=Budgets(), help="K to measure.  [default: the configuration's]")
 @click.option(
     "--inputs",
     type=click.Choice(["random", "model"]),
@@ -64,9 +73,7 @@ _HEADS, _KV_HEADS, _HEAD_DIM = 9, 3, 64
     show_default=True,
     help="PyTorch's dense attention; or top-K as a -inf mask over it.",
 )
-@click.option(
-    "--backend", type=click.Choice(["auto", "reference"]), default="auto", show_default=True, help="Kernel."
-)
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Kernel.")
 @click.option(
     "-r", "--repetitions", type=click.IntRange(1), default=7, show_default=True, help="Repetitions."
 )
@@ -79,7 +86,7 @@ def command(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    top_k: list[TopK],
+    top_k: list[TopK] | None,
     inputs: str,
     model: str | None,
     layer: int | None,
@@ -107,12 +114,17 @@ def command(
     from ..bench import attention_call as library
     from ..bench.capture import model_inputs
 
-    configs = [config for budget in top_k if (config := with_budget(make_config(**rule), budget))]
+    configs = [config for config in make_configs(top_k, None, **rule) if config]
     if not configs:
         raise click.UsageError("-k 0 is dense attention, which is the baseline: give a K to measure")
     if queries is not None and queries > min(tokens):
         raise click.UsageError(f"{queries} queries are more than {min(tokens)} tokens")
     count = use_threads(threads)
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise click.UsageError("--device cuda: PyTorch finds no CUDA device here")
     records = []
     with progress(
         "bench-attention", len(tokens) * len(configs) * repetitions * (1 + (baseline != "none"))
@@ -147,3 +159,4 @@ def command(
                     )
                 )
     write_records(records, output, COLUMNS)
+    note_dense(configs, min(tokens))

@@ -10,11 +10,11 @@ from ..config import TopK
 from .options import (
     Budgets,
     common_options,
-    make_config,
+    load,
+    make_configs,
     model_options,
+    note_dense,
     rule_options,
-    use_threads,
-    with_budget,
 )
 from .output import Column, output_option, progress, write_records
 
@@ -23,7 +23,7 @@ COLUMNS: Final[list[Column]] = [
     ("text", lambda r: r.text),
     ("context", lambda r: str(r.context)),
     ("K", lambda r: str(r.top_k)),
-    ("kept", lambda r: "" if r.kept_mean is None else f"{r.kept_mean:.0f}"),
+    ("kept", lambda r: "all" if r.kept_mean is None else f"{r.kept_mean:.0f}"),
     ("ppl dense", lambda r: f"{r.ppl_dense:.3f}"),
     ("ppl", lambda r: f"{r.ppl:.3f}"),
     ("ratio", lambda r: f"{r.ppl_ratio:.4f}"),
@@ -38,7 +38,7 @@ COLUMNS: Final[list[Column]] = [
 @click.option("--text", metavar="FILE", help="UTF-8 text.  [default: Python's own manual]")
 @click.option("--context", type=int, default=4096, show_default=True, help="Tokens per window.")
 @click.option("--windows", type=int, default=1, show_default=True, help="Windows, one after the other.")
-@click.option("-k", "--top-k", type=Budgets(), default="auto", show_default=True, help="K to measure.")
+@click.option("-k", "--top-k", type=Budgets(), help="K to measure.  [default: the configuration's]")
 @rule_options
 @common_options
 @output_option
@@ -48,7 +48,7 @@ def command(
     text: str | None,
     context: int,
     windows: int,
-    top_k: list[TopK],
+    top_k: list[TopK] | None,
     threads: int | None,
     seed: int,  # noqa: ARG001
     debug: bool,  # noqa: ARG001
@@ -67,17 +67,16 @@ def command(
       sparsek eval --context 4096 -k 64 --pure -o json
     """
     from ..bench.text import read_text
-    from ..engines.base import open_engine
     from ..evaluate.quality import evaluate
 
-    configs = [config for budget in top_k if (config := with_budget(make_config(**rule), budget))]
-    if not configs:
+    if not any(make_configs(top_k, None, **rule)):
         raise click.UsageError("-k 0 alone is dense attention: nothing to compare it with")
     name, words = read_text(text)
-    opened = open_engine(engine, model, threads=threads)
-    use_threads(threads)
+    opened = load(engine, model, threads)
+    configs = [config for config in make_configs(top_k, opened.model_config, **rule) if config]
     with progress("eval", windows * (1 + len(configs))) as advance:
         records = evaluate(
             opened, configs, text=words, text_name=name, context=context, windows=windows, advance=advance
         )
     write_records(records, output, COLUMNS)
+    note_dense(configs, context)

@@ -21,7 +21,11 @@ from ..policy import recommend_k, resolve
     "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Format."
 )
 @click.option(
-    "--context", type=click.IntRange(1), default=8192, show_default=True, help="Context for the advice on K."
+    "--context",
+    type=click.IntRange(1, 2**31 - 1),
+    default=8192,
+    show_default=True,
+    help="Context for the advice on K.",
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def command(output: str, context: int, debug: bool) -> None:  # noqa: ARG001

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from .. import _core
 from ..config import SparseKConfig, TopK, parse_layers
-from ..engines.base import ENGINES
+from ..engines import base
+from ..engines.base import ENGINES, Engine
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -93,15 +97,31 @@ common_options = _stacked(
 )
 
 
+def make_configs(
+    budgets: Sequence[TopK] | None, carried: SparseKConfig | None, **rule: Any
+) -> list[SparseKConfig | None]:
+    """One configuration per K of -k, None (dense attention) for 0; without -k the one of the rule options."""
+    config = make_config(carried, **rule)
+    if budgets is None:
+        return [config]
+    return [None if budget == 0 else replace(config, top_k=budget) for budget in budgets]
+
+
 def make_config(
-    config_file: str | None, pure: bool, dense_layers: str | None, **fields: Any
+    carried: SparseKConfig | None,
+    *,
+    config_file: str | None,
+    pure: bool,
+    dense_layers: str | None,
+    **fields: Any,
 ) -> SparseKConfig:
-    """The configuration that the rule options describe: file, then --pure, then the single options.
+    """The configuration of the rule options: --config, or else what the model file carries, or else the
+    defaults; then --pure; then the single options.
 
     Raises:
         OSError: the file cannot be read. ValueError: a value is out of range.
     """
-    config = SparseKConfig()
+    config = carried or SparseKConfig()
     if config_file is not None:
         try:
             config = SparseKConfig.from_json(Path(config_file).read_text(encoding="utf-8"))
@@ -115,15 +135,38 @@ def make_config(
     return replace(config, **changed)
 
 
-def with_budget(config: SparseKConfig, budget: TopK) -> SparseKConfig | None:
-    """`config` with another K; None, dense attention, for 0."""
-    return None if budget == 0 else replace(config, top_k=budget)
+def note_dense(configs: Sequence[SparseKConfig | None], context: int) -> None:
+    """Say on stderr when a K is not used at this context: it would look as if it cost nothing."""
+    for config in configs:
+        if config is not None and context < config.min_context:
+            click.echo(
+                f"note: at {context} tokens attention is dense, K = {config.top_k} or not: "
+                f"min_context is {config.min_context} (--min-context 0 uses K everywhere)",
+                err=True,
+            )
+            return
+
+
+def load(engine: str, model: str | None, threads: int | None) -> Engine:
+    """Open the engine, with a sign of life on stderr when that is a terminal."""
+    from rich.console import Console
+
+    use_threads(threads)
+    console = Console(stderr=True)
+    waiting = console.status("loading the model") if console.is_terminal else contextlib.nullcontext()
+    with waiting:
+        return base.open_engine(engine, model, threads=threads)
 
 
 def use_threads(threads: int | None) -> int:
-    """Set PyTorch's threads where a number is given; returns the number in use."""
+    """Set PyTorch's threads where a number is given, here or in SPARSEK_NUM_THREADS; returns the number in
+    use. A wrong SPARSEK_* variable is an error in every command that computes."""
     import torch
 
+    _core.isa()
+    from_environment = _core.num_threads()
+    if threads is None and "SPARSEK_NUM_THREADS" in os.environ:
+        threads = from_environment
     if threads is not None:
         torch.set_num_threads(threads)
     return torch.get_num_threads()

@@ -10,15 +10,7 @@ from typing import Any
 import click
 
 from ..config import TopK
-from .options import (
-    Budgets,
-    common_options,
-    make_config,
-    model_options,
-    rule_options,
-    use_threads,
-    with_budget,
-)
+from .options import Budgets, common_options, load, make_configs, model_options, rule_options
 
 
 @click.command("run")
@@ -56,16 +48,9 @@ def command(
     text = _prompt(prompt, file)
     if top_k is not None and len(top_k) != 1:
         raise click.UsageError(f"-k {','.join(map(str, top_k))}: run takes one K")
-    config = make_config(**rule)
-
-    from ..engines.base import open_engine
-
-    opened = open_engine(engine, model, threads=threads)
-    use_threads(threads)
-    plain_rule = not any(value for value in rule.values())
-    if opened.model_config is not None and plain_rule:
-        config = opened.model_config
-    chosen = config if top_k is None else with_budget(config, top_k[0])
+    make_configs(top_k, None, **rule)  # what is wrong in them shows before the model is loaded
+    opened = load(engine, model, threads)
+    (chosen,) = make_configs(top_k, opened.model_config, **rule)
     ids = opened.encode(text) if raw else opened.encode_chat(text)
     needed = len(ids) + tokens
     if not ids:
@@ -85,7 +70,6 @@ def command(
         text = opened.decode(produced)
         if not text.endswith("\ufffd"):  # half of a character: wait for the rest
             click.echo(text[len(shown) :], nl=False)
-            sys.stdout.flush()
             shown = text
     total = time.perf_counter() - start
     click.echo()
@@ -101,19 +85,25 @@ def command(
 
 def _prompt(prompt: str | None, file: str | None) -> str:
     """File and prompt in one text, the file first."""
-    parts = []
-    if file is not None:
-        try:
-            parts.append(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise click.UsageError(
-                f"not a UTF-8 text ({error.reason} at byte {error.start}): {file}"
-            ) from None
+    parts = [] if file is None else [_read(file)]
     if prompt is not None:
         parts.append(prompt)
-    if not any(part.strip() for part in parts):
+    text = "\n\n".join(parts)
+    if not text.strip():
         raise click.UsageError("the prompt is empty: pass -p TEXT or -f FILE")
-    return "\n\n".join(parts)
+    if not text.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in text):
+        raise click.UsageError("the prompt is not a UTF-8 text")
+    return text
+
+
+def _read(file: str) -> str:
+    if file == "-" and sys.stdin is None:
+        raise click.UsageError("-f -: there is no standard input")
+    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"not a UTF-8 text ({error.reason} at byte {error.start}): {file}") from None
 
 
 def _attention(config: Any, prompt_tokens: int) -> str:

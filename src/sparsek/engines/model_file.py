@@ -20,13 +20,15 @@ def find_model(path: str | None) -> Path:
     """
     if path is None:
         return embedded_model()
-    model = Path(path).expanduser()
-    if not model.exists():
-        raise FileNotFoundError(f"no such model: {path}")
+    model = Path(path)
+    if not path or not model.exists():
+        raise FileNotFoundError(f"no such model: {path!r}")
     if model.is_dir():
         if not (model / "config.json").is_file():
             raise ValueError(f"not a model directory (it has no config.json): {path}")
         return model
+    if not model.is_file():
+        raise ValueError(f"neither a file nor a directory: {path}")
     read_gguf(model)
     return model
 
@@ -61,6 +63,8 @@ def read_gguf(file: Path) -> dict[str, Any]:
         metadata = {name: field.contents() for name, field in reader.fields.items() if "." in name}
     except Exception as error:  # the reader fails in many ways on a damaged file
         raise ValueError(f"damaged or truncated GGUF file ({error}): {file}") from None
+    if not reader.tensors or "general.architecture" not in metadata:
+        raise ValueError(f"the GGUF file has no model in it: {file}")
     size = file.stat().st_size
     if end > size:
         raise ValueError(f"truncated GGUF file (it has {size} bytes, its header describes {end}): {file}")

@@ -41,17 +41,28 @@ class TransformersEngine:
         dtype = torch.float32 if device == "cpu" else "auto"
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
-                loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype)
+                loaded, report = AutoModelForCausalLM.from_pretrained(
+                    **source, dtype=dtype, output_loading_info=True
+                )
                 self._tokenizer = AutoTokenizer.from_pretrained(**source)
-        except (OSError, KeyError, RuntimeError, ValueError) as error:
+        except Exception as error:  # a damaged model fails in many ways
             raise ValueError(f"Transformers cannot load {path}: {_first_line(error)}") from error
+        if report["missing_keys"]:
+            missing = ", ".join(sorted(report["missing_keys"])[:3])
+            raise ValueError(f"the model lacks weights, {missing} among them: {path}")
         self._model = loaded.eval().to(device)
         config = self._model.config.get_text_config()
         self.model = path.stem if path.is_file() else path.name
-        self.num_layers = int(config.num_hidden_layers)
-        self.num_heads = int(config.num_attention_heads)
+        try:
+            self.num_layers = int(config.num_hidden_layers)
+            self.num_heads = int(config.num_attention_heads)
+            self.context_length = int(config.max_position_embeddings)
+        except AttributeError as error:
+            name = type(loaded).__name__
+            raise ValueError(
+                f"{name} is not supported, its configuration is unlike Llama's: {error}"
+            ) from None
         self.num_parameters = int(self._model.num_parameters())
-        self.context_length = int(config.max_position_embeddings)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text)["input_ids"])
@@ -91,13 +102,13 @@ class TransformersEngine:
     def generate(self, tokens: list[int], count: int, config: SparseKConfig | None) -> Iterator[int]:
         cache = DynamicCache(config=self._model.config)
         ids, ends = self._ids(tokens), self._end_tokens()
-        with self._attending(config):
-            for _ in range(count):
+        for _ in range(count):
+            with self._attending(config):  # not across the yield: others may use the model in between
                 ids = self._step(ids, cache)
-                token = int(ids)
-                if token in ends:
-                    return
-                yield token
+            token = int(ids)
+            if token in ends:
+                return
+            yield token
 
     def observed(self, observer: Observer) -> contextlib.AbstractContextManager[None]:
         return integration.observed(observer)
@@ -124,6 +135,8 @@ class TransformersEngine:
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def _check_head(self, states: torch.Tensor, expected: torch.Tensor) -> None:
+        if not bool(torch.isfinite(expected).all()):
+            raise ValueError(f"the logits of {self.model} are not finite: are its weights damaged?")
         if not torch.allclose(self._head(states)[0], expected, rtol=1e-3, atol=1e-3):
             raise NotImplementedError(
                 f"{type(self._model).__name__} does more between its last layer and its logits than "

@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from ..config import SparseKConfig
@@ -49,25 +49,30 @@ def enable(model: Model, config: SparseKConfig | None = None) -> Model:
     """Switch a loaded model to Sparse-K. Returns the model.
 
     Raises:
+        TypeError: `model` is no Transformers model or `config` no SparseKConfig.
         ValueError: the model does not take its attention from Transformers' AttentionInterface, or `config`
             has a value per layer and their number is not that of the model's layers.
     """
     register()
     config = SparseKConfig() if config is None else config
+    if not isinstance(config, SparseKConfig):
+        raise TypeError(f"config = {config!r}: must be a SparseKConfig")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model is a {type(model).__name__}: must be a Transformers model")
     text_config = model.config.get_text_config()
     if isinstance(config.top_k, tuple) and len(config.top_k) != text_config.num_hidden_layers:
         raise ValueError(
             f"top_k has {len(config.top_k)} values and the model {text_config.num_hidden_layers} layers: "
             "must be one value per layer"
         )
-    before = model.config._attn_implementation
+    before = _implementations(model)
     model.set_attn_implementation(NAME)
     if text_config._attn_implementation != NAME:
         raise ValueError(
             f"{type(model).__name__} does not take its attention from Transformers' AttentionInterface: "
             "Sparse-K cannot be switched on in it"
         )
-    if before != NAME:
+    if before[""] != NAME:
         model._attention_before_sparsek = before
     for part in _configs(model):
         setattr(part, _FIELD, config.to_json())
@@ -101,7 +106,7 @@ def current_config(model: Any) -> SparseKConfig | None:
     """The configuration that is on in a model, or None."""
     if model.config._attn_implementation != NAME:
         return None
-    return _parse(getattr(model.config, _FIELD, _DEFAULT))
+    return _parse(_stored(model.config))
 
 
 @contextlib.contextmanager
@@ -156,7 +161,7 @@ def sparsek_attention(
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap,
         sliding_window,
-        getattr(getattr(module, "config", None), _FIELD, _DEFAULT),
+        _stored(getattr(module, "config", None)),
         getattr(module, "layer_idx", _NO_LAYER),
     )
     return out.transpose(1, 2).contiguous(), None
@@ -221,8 +226,9 @@ _attention_op.register_autograd(_no_gradient)
 
 
 def _packed_mask(positions: torch.Tensor) -> torch.Tensor | None:
-    """[B, 1, T, T], True within one sequence, from positions [B, T] that restart; None for one sequence."""
-    restarts = positions.diff(dim=-1) != 1
+    """[B, 1, T, T], True within one sequence, from positions [B, T] that restart; None for one sequence.
+    A gap upwards is no new sequence."""
+    restarts = positions.diff(dim=-1) <= 0
     if not bool(restarts.any()):
         return None
     sequence = torch.nn.functional.pad(restarts.cumsum(-1), (1, 0))
@@ -245,6 +251,13 @@ def _refuse_unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[st
             )
 
 
+def _implementations(model: Any) -> dict[str, str]:
+    """The attention of the model ("") and of each of its parts, as `set_attn_implementation` takes it."""
+    parts = {key: getattr(model.config, key) for key in model.config.sub_configs}
+    named = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    return {"": model.config._attn_implementation, **named}
+
+
 def _configs(model: Any) -> list[Any]:
     """The model's configuration and those of its parts, each of which some attention layer may hold."""
     found = {id(model.config): model.config}
@@ -253,6 +266,15 @@ def _configs(model: Any) -> list[Any]:
         if hasattr(part, "_attn_implementation"):
             found[id(part)] = part
     return list(found.values())
+
+
+def _stored(config: Any) -> str:
+    text = getattr(config, _FIELD, _DEFAULT)
+    if not isinstance(text, str):
+        raise ValueError(
+            f"the model's configuration has {_FIELD} = {text!r}: must be JSON text of a SparseKConfig"
+        )
+    return text
 
 
 @lru_cache(maxsize=64)

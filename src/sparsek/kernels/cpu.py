@@ -1,7 +1,7 @@
-"""The compiled kernel: exact Sparse-K attention on the CPU, and dense attention where the rule keeps everything.
+"""The compiled kernel: exact Sparse-K attention on the CPU, and dense attention for rules that keep all.
 
-Every pair is scored in 8 bits; a bound on the error turns those scores into a few candidates that must contain
-the best K, and only these are scored exactly. cpp/src/kernel/sparse.h says why nothing is missed.
+Every pair is scored in 8 bits; a bound on the error turns those scores into a few candidates that must
+contain the best K, and only these are scored exactly. cpp/src/kernel/sparse.h says why nothing is missed.
 """
 
 from __future__ import annotations

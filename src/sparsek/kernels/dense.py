@@ -61,7 +61,7 @@ def _sdpa(p: Problem, q: Array, mask: Array | None, is_causal: bool) -> Array:
     group = q.shape[1] // p.k.shape[1]
     k, v = (x if group == 1 else x.repeat_interleave(group, 1) for x in (p.k, p.v))
     if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        mask = arrays.narrow(mask, arrays.compute_dtype(q))
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=p.scale
     )

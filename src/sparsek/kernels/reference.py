@@ -104,10 +104,10 @@ def _chunk(p: Problem, k: Array, rows: slice) -> Chunk:
     if p.is_causal:
         n = min(n, max(0, p.first_position + rows.stop))
 
-    q = arrays.cast(p.q[:, :, rows], k.dtype) * p.scale
+    q = arrays.cast(p.q[:, :, rows], k.dtype)
     group, num_rows = heads // kv_heads, rows.stop - rows.start
     grouped = q.reshape(batch, kv_heads, group * num_rows, head_size)  # one product for all heads of a group
-    raw = xp.matmul(grouped, xp.swapaxes(k[:, :, :n], 2, 3))
+    raw = xp.matmul(grouped, xp.swapaxes(k[:, :, :n], 2, 3)) * p.scale
     raw = raw.reshape(batch, kv_heads, group, num_rows, n)
     scores = _softcap(raw, p.softcap)
 
@@ -121,7 +121,7 @@ def _chunk(p: Problem, k: Array, rows: slice) -> Chunk:
         if mask.dtype == xp.bool:
             allowed = allowed & mask
         else:
-            bias = arrays.cast(mask, k.dtype)
+            bias = arrays.narrow(mask, k.dtype)
             allowed = allowed & (bias > -xp.inf)
             scores = scores + bias
     kept = _kept(p, scores, allowed, reachable, key)
