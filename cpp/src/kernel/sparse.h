@@ -46,14 +46,15 @@ struct SparseWork {
           candidates(arena.take<uint64_t>(blocks)),
           strided(arena.take<uint64_t>(blocks)),
           maxima(arena.take<int16_t>(padded_keys)),
-          thresholds(arena.take<int16_t>(blocks)),
-          index(arena.take<int32_t>(padded_keys + 16)),
+          thresholds(arena.take<float>(blocks + 16)),
+          index(arena.take<int32_t>(padded_keys + 32)),
           order(arena.take<int32_t>(padded_keys + 16)),
           weights(arena.take<float>(padded_keys + 16)),
           tail(arena.take<float>(blocks + 16)),
           tail_sums(arena.take<float>(blocks + 16)),
           queries(arena.take<float>(kTileRows * query_floats)),
           quantised(arena.take<int8_t>(kTileRows * query_bytes)),
+          logarithms(arena.take<float>(kBlock + 1)),
           out(arena.take<float>(round_up(p.value_size, 16))) {}
 
     int64_t blocks, padded_keys, query_bytes, query_floats;
@@ -63,7 +64,7 @@ struct SparseWork {
     uint64_t* candidates;  // allowed and not always kept
     uint64_t* strided;     // multiples of the stride
     int16_t* maxima;
-    int16_t* thresholds;
+    float* thresholds;
     int32_t* index;  // kept or candidate positions
     int32_t* order;  // their scores as integers of the same order
     float* weights;  // their scores, then their weights
@@ -71,6 +72,7 @@ struct SparseWork {
     float* tail_sums;
     float* queries;
     int8_t* quantised;
+    float* logarithms;  // of 0 to 64
     float* out;
 };
 
@@ -108,22 +110,22 @@ inline void allowed_bits(const Problem& p, int64_t batch, const Row& row, int64_
     }
 }
 
-// Bits of the keys that are kept whatever their score.
-inline void always_bits(const Problem& p, const Row& row, const uint64_t* allowed, const SparseWork& w) {
-    std::memset(w.always, 0, static_cast<size_t>(w.blocks) * sizeof(uint64_t));
-    const int64_t sink_blocks = minimum(w.blocks, blocks_of(minimum(p.rule.sinks, p.num_keys)));
-    for (int64_t b = 0; b < sink_blocks; ++b)
+// Bits of the keys that are kept whatever their score, in the blocks [first, last).
+inline void always_bits(const Problem& p, const Row& row, const uint64_t* allowed, int64_t first,
+                        int64_t last, const SparseWork& w) {
+    for (int64_t b = first; b < last; ++b) w.always[b] = 0;
+    for (int64_t b = first; b < last && b * kBlock < p.rule.sinks; ++b)
         w.always[b] = allowed[b] & first_bits(p.rule.sinks - b * kBlock);
     int64_t room = p.rule.window;
-    const int64_t last = minimum(row.position, p.num_keys - 1);
-    for (int64_t b = last / kBlock; last >= 0 && b >= 0 && room > 0; --b) {
-        uint64_t word = allowed[b] & first_bits(last - b * kBlock + 1);
+    const int64_t newest = minimum(row.position, p.num_keys - 1);
+    for (int64_t b = minimum(newest / kBlock, last - 1); newest >= 0 && b >= first && room > 0; --b) {
+        uint64_t word = allowed[b] & first_bits(newest - b * kBlock + 1);
         while (count_bits(word) > room) word &= word - 1;
         room -= count_bits(word);
         w.always[b] |= word;
     }
     if (p.rule.stride > 0) {
-        for (int64_t b = 0; b < w.blocks; ++b) w.always[b] |= allowed[b] & w.strided[b];
+        for (int64_t b = first; b < last; ++b) w.always[b] |= allowed[b] & w.strided[b];
     }
 }
 
@@ -132,34 +134,42 @@ template <typename T>
 inline void quantise_query(const Problem& p, int64_t batch, const KeyIndex& index, float largest_norm,
                            Row* row, float* query, int8_t* quantised, int64_t bytes) {
     const T* q = head_of<T>(p.q, batch, row->head) + row->query * p.q.token_stride;
-    float offset = 0.0f, widest = 0.0f;
-    for (int64_t d = 0; d < p.head_size; ++d) {
-        query[d] = to_float(q[d]);
-        offset += query[d] * p.scale * index.center[d];
-        const float x = __builtin_fabsf(query[d] * p.scale * index.scale[d]);
-        widest = x <= widest ? widest : x;
+    const auto lanes_at = [&](int64_t c) { return minimum(16, p.head_size - c); };
+    F offsets = set1(0.0f), widest = set1(0.0f);
+    for (int64_t c = 0; c < p.head_size; c += 16) {
+        const F x = load_n(q + c, lanes_at(c)), scaled = x * set1(p.scale);
+        store(query + c, x);
+        offsets = fma(scaled, load_n(index.center + c, lanes_at(c)), offsets);
+        const F channel = scaled * load_n(index.scale + c, lanes_at(c));
+        widest = max(max(channel, set1(0.0f) - channel), widest);
     }
-    const float step = widest > 0.0f ? widest / kQueryMax : 1.0f;
-    float norm = 0.0f, error = 0.0f, kept = 0.0f;
+    const float range = highest(widest);
+    const float step = range > 0.0f && range < 1e30f ? range / kQueryMax : 1.0f;
+    F norms = set1(0.0f), errors = set1(0.0f), kept = set1(0.0f);
     int32_t total = 0;
-    for (int64_t d = 0; d < bytes; ++d) {
-        const float x = d < p.head_size ? query[d] * p.scale * index.scale[d] / step : 0.0f;
-        float r = __builtin_rintf(x);
-        if (!(r >= -kQueryMax && r <= kQueryMax)) r = 0.0f;
-        quantised[d] = static_cast<int8_t>(r);
-        total += static_cast<int32_t>(r);
-        norm += x * x;
-        error += (x - r) * (x - r);
-        kept += r * r;
+    for (int64_t c = 0; c < p.head_size; c += 16) {
+        const F x = load(query + c) * load_n(index.scale + c, lanes_at(c)) * set1(p.scale / step);
+        const F r = max(min(round(x), set1(kQueryMax)), set1(-kQueryMax));
+        norms = fma(x, x, norms);
+        errors = fma(x - r, x - r, errors);
+        kept = fma(r, r, kept);
+        float lanes[16];
+        store(lanes, r);
+        for (int64_t i = 0; i < minimum(16, bytes - c); ++i) {
+            const auto byte = static_cast<int8_t>(lanes[i]);
+            quantised[c + i] = byte;
+            total += byte;
+        }
     }
-    const float largest = __builtin_sqrtf(kept) * largest_norm;
+    const float largest = __builtin_sqrtf(sum(kept)) * largest_norm;
+    float unit = 1.0f;
     row->shift = 0;
-    while (row->shift < 16 && __builtin_ldexpf(largest, -row->shift) > kScoreRange) ++row->shift;
+    for (; row->shift < 16 && largest > kScoreRange * unit; unit *= 2.0f) ++row->shift;
     row->start = -128 * total;
-    row->unit = __builtin_ldexpf(step, row->shift);
-    row->offset = offset;
-    row->query_norm = __builtin_ldexpf(__builtin_sqrtf(norm), -row->shift);
-    row->query_error = __builtin_ldexpf(__builtin_sqrtf(error), -row->shift);
+    row->unit = step * unit;
+    row->offset = sum(offsets);
+    row->query_norm = __builtin_sqrtf(sum(norms)) / unit;
+    row->query_error = __builtin_sqrtf(sum(errors)) / unit;
 }
 
 // The k-th largest of n numbers, n a multiple of 64.
@@ -180,14 +190,20 @@ inline int16_t kth_largest(const int16_t* x, int64_t n, int64_t k) {
     return static_cast<int16_t>(low);
 }
 
-// Positions of the set bits that `keep(block)` leaves, in rising order; returns their number.
+// Positions of the set bits that `keep(block)` leaves, in rising order; returns their number. Writes up to
+// three numbers beyond them.
 template <typename Keep>
 inline int64_t list_bits(int64_t first, int64_t last, Keep keep, int32_t* out) {
     int64_t n = 0;
+    constexpr uint64_t kEnd = 1ull << 63;  // lowest_bit is defined for a word that has a bit
     for (int64_t b = first; b < last; ++b) {
-        for (uint64_t word = keep(b); word != 0; word &= word - 1) {
-            out[n++] = static_cast<int32_t>(b * kBlock + lowest_bit(word));
-        }
+        uint64_t word = keep(b);
+        const int count = count_bits(word);
+        const auto start = static_cast<int32_t>(b * kBlock);
+        // Three at once without asking how many there are: a wrong guess costs more than a write too many.
+        for (int i = 0; i < 3; ++i, word &= word - 1) out[n + i] = start + lowest_bit(word | kEnd);
+        for (int i = 3; i < count; ++i, word &= word - 1) out[n + i] = start + lowest_bit(word);
+        n += count;
     }
     return n;
 }
@@ -238,27 +254,23 @@ inline float keep_best(int64_t k, int64_t count, int32_t* index, float* scores, 
     float kth = INFINITY;
     for (int64_t i = 0; i < count; ++i) {
         const bool equal = order[i] == low && level > 0;
-        if (order[i] <= low && !equal) continue;
         level -= equal;
         index[n] = index[i];
         scores[n] = scores[i];
-        if (!(scores[n] > kth)) kth = scores[n];
-        ++n;
+        n += order[i] > low || equal;
     }
+    for (int64_t i = 0; i < n; ++i) kth = scores[i] > kth ? kth : scores[i];
     return kth;
 }
 
-// The best `top_k` of the row's candidates: their positions and exact scores. Returns their number.
+// The best `top_k` of the row's candidates, which lie in the blocks [first, last): their positions and exact
+// scores. Returns their number.
 template <typename T>
 inline int64_t select_row(const Problem& p, const KeyIndex& index, const T* keys, const Row& row,
-                          const float* query, int16_t* scores, const SparseWork& w) {
-    int64_t first = w.blocks, last = 0, total = 0;
-    for (int64_t b = 0; b < w.blocks; ++b) {
-        if (w.candidates[b] == 0) continue;
-        total += count_bits(w.candidates[b]);
-        if (first > b) first = b;
-        last = b + 1;
-    }
+                          const float* query, int16_t* scores, int64_t first, int64_t last,
+                          const SparseWork& w) {
+    int64_t total = 0;
+    for (int64_t b = first; b < last; ++b) total += count_bits(w.candidates[b]);
     const int64_t k = p.rule.top_k;
     if (k == 0 || total == 0) return 0;
     if (total <= k) {
@@ -279,17 +291,23 @@ inline int64_t select_row(const Problem& p, const KeyIndex& index, const T* keys
     }
     const float level = kth_largest(w.maxima, stride * kBlock, k);
     for (const float margin : kMargins) {
-        float smallest_error = INFINITY;
-        for (int64_t b = first; b < last; ++b) {
+        F smallest = set1(INFINITY);
+        for (int64_t b = first; b < last; b += 16) {
+            const int64_t lanes = minimum(16, last - b);
             // One unit more, for the bits that the shift cut off and the rounding of this sum.
-            const float error = row.query_norm * index.residual[b] + row.query_error * index.norm[b] + 1.5f;
-            const float threshold = level - margin * error;
-            w.thresholds[b] = threshold > kLowest ? static_cast<int16_t>(threshold) : kLowest;
-            smallest_error = error < smallest_error ? error : smallest_error;
+            const F error = fma(set1(row.query_norm), load_n(index.residual + b, lanes),
+                                fma(set1(row.query_error), load_n(index.norm + b, lanes), set1(1.5f)));
+            // The second is taken where the first is NaN: a block without a bound excludes nothing.
+            smallest = min(keep_lanes(error, static_cast<uint32_t>(first_bits(lanes)), INFINITY), smallest);
+            store(w.thresholds + b, max(set1(level) - set1(margin) * error, set1(kLowest)));
         }
+        const float smallest_error = 0.0f - highest(set1(0.0f) - smallest);
         const int64_t n = list_bits(
             first, last,
-            [&](int64_t b) { return w.candidates[b] & at_least64(scores + b * kBlock, w.thresholds[b]); },
+            [&](int64_t b) {
+                return w.candidates[b] &
+                       at_least64(scores + b * kBlock, static_cast<int16_t>(w.thresholds[b]));
+            },
             w.index);
         if (n < k) continue;
         score_keys(p, keys, query, w.index, 0, n, w.weights);
@@ -333,9 +351,13 @@ inline int64_t tail_logits(const Problem& p, const KeyIndex& index, const float*
     }
     for (int64_t b = 0; b < blocks; ++b) {
         const auto dropped = static_cast<float>(kBlock - kept[b]);
-        const bool summarised = allowed[b] == ~0ull && kept[b] < kBlock;
-        const float mean = (kBlock * w.tail[b] - w.tail_sums[b]) / dropped;
-        w.tail[b] = summarised ? __builtin_logf(dropped) + capped(mean, p.softcap) : -INFINITY;
+        w.tail[b] = (kBlock * w.tail[b] - w.tail_sums[b]) / (dropped > 0.0f ? dropped : 1.0f);
+    }
+    if (p.softcap > 0.0f) {
+        for (int64_t b = 0; b < blocks; b += 16) store(w.tail + b, capped(load(w.tail + b), p.softcap));
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+        w.tail[b] = allowed[b] == ~0ull ? w.tail[b] + w.logarithms[kBlock - kept[b]] : -INFINITY;
     }
     return blocks;
 }
@@ -378,13 +400,14 @@ inline void attend_row(const Problem& p, const KeyIndex& index, const T* values,
     for (int64_t d = 0; d < p.value_size; ++d) from_float(w.out[d] * inverse, result + d);
 }
 
-inline void write_selection(const Problem& p, const Row& row, int64_t batch, int64_t count,
-                            const SparseWork& w, const SelectionOut& out) {
+inline void write_selection(const Problem& p, const Row& row, int64_t batch, int64_t count, int64_t first,
+                            int64_t last, const SparseWork& w, const SelectionOut& out) {
     const int64_t at = (batch * p.heads + row.head) * p.num_queries + row.query;
     int32_t* indices = out.indices + at * out.width;
     // The chosen keys join the always-kept ones as bits, which puts all in order.
     for (int64_t i = 0; i < count; ++i) w.always[w.index[i] / kBlock] |= 1ull << (w.index[i] % kBlock);
-    const int64_t n = list_bits(0, w.blocks, [&](int64_t b) { return w.always[b]; }, indices);
+    const int64_t n = list_bits(first, last, [&](int64_t b) { return w.always[b]; }, w.index);
+    std::memcpy(indices, w.index, static_cast<size_t>(n) * sizeof(int32_t));
     for (int64_t i = n; i < out.width; ++i) indices[i] = -1;
     out.counts[at] = static_cast<int32_t>(n);
 }
@@ -405,6 +428,8 @@ void sparse_tile(const Problem& p, const KeyIndex& index, const Tile& tile, std:
         std::memset(w.strided, 0, static_cast<size_t>(w.blocks) * sizeof(uint64_t));
         for (int64_t j = 0; j < p.num_keys; j += p.rule.stride) w.strided[j / kBlock] |= 1ull << (j % kBlock);
     }
+    w.logarithms[0] = -INFINITY;
+    for (int n = 1; n <= kBlock; ++n) w.logarithms[n] = __builtin_logf(static_cast<float>(n));
     std::memset(w.queries, 0, static_cast<size_t>(kTileRows * w.query_floats) * sizeof(float));
     Row rows[kTileRows];
     int32_t start[kTileRows], shift[kTileRows];
@@ -440,15 +465,16 @@ void sparse_tile(const Problem& p, const KeyIndex& index, const Tile& tile, std:
     for (int64_t r = 0; r < tile.num_rows; ++r) {
         const uint64_t* allowed = w.allowed + r * w.blocks;
         const float* query = w.queries + r * w.query_floats;
-        always_bits(p, rows[r], allowed, w);
-        for (int64_t b = 0; b < w.blocks; ++b) w.candidates[b] = allowed[b] & ~w.always[b];
-        int64_t count = select_row(p, index, keys, rows[r], query, w.scores + r * w.padded_keys, w);
+        always_bits(p, rows[r], allowed, first, last, w);
+        for (int64_t b = first; b < last; ++b) w.candidates[b] = allowed[b] & ~w.always[b];
+        int64_t count =
+            select_row(p, index, keys, rows[r], query, w.scores + r * w.padded_keys, first, last, w);
         if (selection != nullptr) {
-            write_selection(p, rows[r], tile.batch, count, w, *selection);
+            write_selection(p, rows[r], tile.batch, count, first, last, w, *selection);
             continue;
         }
         const int64_t chosen = count;
-        count += list_bits(0, w.blocks, [&](int64_t b) { return w.always[b]; }, w.index + chosen);
+        count += list_bits(first, last, [&](int64_t b) { return w.always[b]; }, w.index + chosen);
         if (count > chosen) score_keys(p, keys, query, w.index, chosen / 16 * 16, count, w.weights);
         const int64_t blocks = p.rule.centroid_tail ? tail_logits<T>(p, index, query, allowed, count, w) : 0;
         attend_row(p, index, values, rows[r], count, blocks, tile.batch, w, static_cast<T*>(out));
