@@ -3,13 +3,18 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string_view.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
+#include <memory>
+#include <mutex>
 #include <optional>
+#include <vector>
 
 #include "sparsek/attention.h"
 #include "sparsek/cpu.h"
+#include "sparsek/key_index.h"
 #include "sparsek/threads.h"
 
 namespace nb = nanobind;
@@ -93,6 +98,51 @@ void solve(int num_threads, Call call) {
     if (!done) throw nb::python_error();
 }
 
+// A KeyIndex that Python threads may share, made when the first keys come.
+class SharedIndex {
+   public:
+    SharedIndex() = default;
+    explicit SharedIndex(std::unique_ptr<KeyIndex> index) : index_(std::move(index)) {}
+
+    bool attend(const Problem& p, const Options& options, void* out) {
+        const std::lock_guard lock(mutex_);
+        if (!index_ || index_->isa() != options.isa || !index_->fits(p) || index_->length() > p.num_keys)
+            index_ = std::make_unique<KeyIndex>(p, KeyIndex::Parts{}, options.isa);
+        return attention(p, options, out, index_.get());
+    }
+    std::unique_ptr<SharedIndex> copy() {
+        const std::lock_guard lock(mutex_);
+        return std::make_unique<SharedIndex>(index_ ? index_->copy() : nullptr);
+    }
+    void truncate(int64_t length) {
+        const std::lock_guard lock(mutex_);
+        if (index_) index_->truncate(length);
+    }
+    void reorder(const std::vector<int64_t>& from) {
+        const std::lock_guard lock(mutex_);
+        if (!index_) return;
+        for (const int64_t i : from) {
+            if (i < 0 || i >= index_->batch()) {
+                index_.reset();
+                return;
+            }
+        }
+        index_->reorder(from.data(), static_cast<int64_t>(from.size()));
+    }
+    int64_t length() {
+        const std::lock_guard lock(mutex_);
+        return index_ ? index_->length() : 0;
+    }
+    int64_t bytes() {
+        const std::lock_guard lock(mutex_);
+        return index_ ? index_->bytes() : 0;
+    }
+
+   private:
+    std::mutex mutex_;
+    std::unique_ptr<KeyIndex> index_;
+};
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -113,18 +163,30 @@ NB_MODULE(_core, m) {
     m.def("num_threads", &num_threads);
 
     using namespace nb::literals;
+    // Without the GIL: another thread may hold the index and wait for the GIL to look at signals.
+    const auto no_gil = nb::call_guard<nb::gil_scoped_release>();
+    nb::class_<SharedIndex>(m, "KeyIndex")
+        .def(nb::init<>())
+        .def("copy", &SharedIndex::copy, no_gil)
+        .def("truncate", &SharedIndex::truncate, "length"_a, no_gil)
+        .def("reorder", &SharedIndex::reorder, "batch_entries"_a, no_gil)
+        .def_prop_ro("length", &SharedIndex::length, no_gil)
+        .def_prop_ro("nbytes", &SharedIndex::bytes, no_gil);
     m.def(
         "attention",
         [](const Array& q, const Array& k, const Array& v, const Output& out,
            const std::optional<Array>& mask, bool is_causal, int64_t first_position, float scale,
            float softcap, int64_t top_k, int64_t sinks, int64_t window, int64_t stride, bool centroid_tail,
-           int threads) {
+           int threads, SharedIndex* index) {
             const Problem p = problem_of(q, k, v, mask, is_causal, first_position, scale, softcap, top_k,
                                          sinks, window, stride, centroid_tail);
-            solve(threads, [&](const Options& options) { return attention(p, options, out.data()); });
+            solve(threads, [&](const Options& options) {
+                return index ? index->attend(p, options, out.data()) : attention(p, options, out.data());
+            });
         },
         "q"_a, "k"_a, "v"_a, "out"_a, "mask"_a.none(), "is_causal"_a, "first_position"_a, "scale"_a,
-        "softcap"_a, "top_k"_a, "sinks"_a, "window"_a, "stride"_a, "centroid_tail"_a, "num_threads"_a);
+        "softcap"_a, "top_k"_a, "sinks"_a, "window"_a, "stride"_a, "centroid_tail"_a, "num_threads"_a,
+        "index"_a.none());
     m.def(
         "select",
         [](const Array& q, const Array& k, const Output& indices, const Output& counts,

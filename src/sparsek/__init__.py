@@ -4,8 +4,9 @@ from importlib.metadata import version as _version
 
 from .attention import attention, select, topk_mask
 from .config import SparseKConfig
+from .key_index import KeyIndex
 from .policy import recommend_k
 from .selection import Selection
 
 __version__ = _version("sparsek")
-__all__ = ["Selection", "SparseKConfig", "attention", "recommend_k", "select", "topk_mask"]
+__all__ = ["KeyIndex", "Selection", "SparseKConfig", "attention", "recommend_k", "select", "topk_mask"]

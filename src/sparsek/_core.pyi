@@ -24,6 +24,17 @@ def num_threads() -> int:
         ValueError: SPARSEK_NUM_THREADS is no whole number from 1 to 1024.
     """
 
+class KeyIndex:
+    """See sparsek.KeyIndex. Threads may share it. Made anew where it does not fit k and v."""
+
+    def copy(self) -> KeyIndex: ...
+    def truncate(self, length: int) -> None: ...
+    def reorder(self, batch_entries: list[int]) -> None: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
 def attention(
     *,
     q: Any,
@@ -41,12 +52,14 @@ def attention(
     stride: int,
     centroid_tail: bool,
     num_threads: int,
+    index: KeyIndex | None,
 ) -> None:
     """Sparse-K attention into `out`; dense where `top_k` is the number of keys. Nothing is checked.
 
     q [B, H, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] of one dtype (float32, float16, bfloat16) with
     their last axis contiguous; out [B, H, Tq, Dv] contiguous; mask bytes [1|B, 1|H, 1|Tq, 1|Tk], nonzero =
-    allowed. Runs without the GIL; a signal handler's exception (Ctrl-C) ends the call.
+    allowed; index: of k and v, or None. Runs without the GIL; a signal handler's exception (Ctrl-C) ends the
+    call.
     """
 
 def select(

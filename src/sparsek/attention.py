@@ -10,6 +10,7 @@ from . import arrays
 from .arrays import Array
 from .config import SparseKConfig
 from .kernels import dispatch
+from .key_index import KeyIndex
 from .problem import NO_VALUES, make_problem
 from .selection import Selection
 
@@ -26,6 +27,7 @@ def attention(
     softcap: float | None = None,
     backend: str = "auto",
     layer: int | None = None,
+    index: KeyIndex | None = None,
 ) -> Array:
     """Attention in which each query keeps its strongest keys.
 
@@ -38,6 +40,7 @@ def attention(
         softcap: scores become softcap * tanh(score / softcap), before the mask is added.
         backend: "auto" or the name of a kernel (`sparsek info` lists them).
         layer: the number of the layer, for a `config` that differs by layer.
+        index: of k and v; makes few queries over many keys fast. See `KeyIndex`.
 
     Returns:
         [B, H, Tq, Dv] in the dtype of q. Rows with no allowed key are zero.
@@ -55,6 +58,7 @@ def attention(
         scale=scale,
         softcap=softcap,
         layer=layer,
+        index=index,
     )
     return dispatch.attention(problem, backend)
 

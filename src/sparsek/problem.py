@@ -16,6 +16,7 @@ import numpy as np
 from . import arrays
 from .arrays import Array
 from .config import SparseKConfig
+from .key_index import KeyIndex
 from .policy import Rule, resolve
 
 _MAX_SOFTCAP: Final = 1e30  # a larger one is infinite in float32
@@ -33,6 +34,7 @@ class Problem:
         first_position: position of query row 0; the rows that follow have the positions that follow.
         scale: factor of q.k. softcap: None, or scores become softcap * tanh(score / softcap).
         rule: what each row keeps.
+        index: of k and v, for the kernels that can use it.
     """
 
     q: Array
@@ -44,6 +46,7 @@ class Problem:
     scale: float
     softcap: float | None
     rule: Rule
+    index: KeyIndex | None = None
 
     @property
     def num_keys(self) -> int:
@@ -75,6 +78,7 @@ def make_problem(
     softcap: float | None = None,
     layer: int | None = None,
     context: int | None = None,
+    index: KeyIndex | None = None,
 ) -> Problem:
     """Check the arguments of a public call and gather them; without v where it is NO_VALUES.
 
@@ -96,6 +100,8 @@ def make_problem(
     _check_number("scale", scale, math.isfinite, "a finite number")
     if softcap is not None:
         _check_number("softcap", softcap, lambda x: 0 < x < _MAX_SOFTCAP, "a positive number, or None")
+    if index is not None and not isinstance(index, KeyIndex):
+        raise TypeError(f"index = {index!r}: must be a sparsek.KeyIndex, or None")
     if config.check_finite:
         _check_finite(tensors, mask)
     num_keys = int(k.shape[2])
@@ -109,6 +115,7 @@ def make_problem(
         scale=float(scale),
         softcap=None if softcap is None else float(softcap),
         rule=resolve(config, num_keys, layer=layer, context=context),
+        index=index,
     )
 
 

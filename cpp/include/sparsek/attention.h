@@ -66,9 +66,12 @@ struct Options {
     void* interrupted_data = nullptr;
 };
 
+class KeyIndex;
+
 // out: [batch, heads, num_queries, value_size] in the problem's dtype, contiguous.
-// Returns false when it was interrupted. Throws std::bad_alloc.
-bool attention(const Problem& problem, const Options& options, void* out);
+// index: of the problem's k and v, extended by those it does not hold yet; without one the call makes its
+// own. Returns false when it was interrupted. Throws std::bad_alloc.
+bool attention(const Problem& problem, const Options& options, void* out, KeyIndex* index = nullptr);
 
 // indices: int32 [batch, heads, num_queries, width], rising and padded with -1; counts: int32 [batch, heads,
 // num_queries]. `width` must hold the longest row. Returns and throws as attention does.

@@ -44,7 +44,7 @@ inline float median(float* x, int64_t n) {
 // Medians over blocks, so that a few enormous keys cannot spoil the precision of all others: they are
 // clamped, and their blocks get a wide error bound.
 template <typename T>
-void fit_index(const Problem& p, int64_t batch, int64_t kv_head, const KeyIndex& index, float* scratch) {
+void fit_index(const Problem& p, int64_t batch, int64_t kv_head, const HeadIndex& index, float* scratch) {
     const int64_t size = p.head_size, blocks = blocks_of(p.num_keys);
     const T* keys = head_of<T>(p.k, batch, kv_head);
     const auto each_block = [&](auto&& of_block) {
@@ -92,43 +92,50 @@ void fit_index(const Problem& p, int64_t batch, int64_t kv_head, const KeyIndex&
     }
 }
 
+// One block of keys in 8 bits, and the bounds of their rounding.
 template <typename T>
-void fill_index(const Problem& p, int64_t batch, int64_t kv_head, const KeyIndex& index, int64_t first,
-                int64_t last) {
+inline void quantise_block(const Problem& p, const T* keys, const HeadIndex& index, int64_t b,
+                           int64_t count) {
     const int64_t size = p.head_size, groups = (size + 3) / 4;
+    uint8_t* packed = index.packed + b * kBlock * groups * 4;
+    std::memset(packed, 128, static_cast<size_t>(kBlock * groups * 4));
+    float residual = 0.0f, norm = 0.0f;
+    for (int64_t j = 0; j < count; ++j) {
+        const T* key = keys + (b * kBlock + j) * p.k.token_stride;
+        uint8_t* out = packed + slot_of(static_cast<int>(j)) * 4;
+        F lost = set1(0.0f), left = set1(0.0f);
+        for (int64_t c = 0; c < size; c += 16) {
+            const int64_t n = size - c < 16 ? size - c : 16;
+            float lanes[16];
+            const F x = (load_n(key + c, n) - load_n(index.center + c, n)) * load_n(index.inverse + c, n);
+            const F q = round(min(max(x, set1(-127.0f)), set1(127.0f)));
+            lost = fma(x - q, x - q, lost);
+            left = fma(q, q, left);
+            store(lanes, q);
+            for (int64_t i = 0; i < n; ++i) {
+                const int64_t d = c + i;
+                // What min and max make of NaN is the processor's choice.
+                const float value = lanes[i] >= -127.0f && lanes[i] <= 127.0f ? lanes[i] : 0.0f;
+                out[d / 4 * 256 + d % 4] = static_cast<uint8_t>(128 + static_cast<int>(value));
+            }
+        }
+        const float e = sum(lost), s = sum(left);
+        if (!(e <= residual)) residual = e == e ? e : INFINITY;  // NaN counts as infinite
+        if (s > norm) norm = s;
+    }
+    index.residual[b] = __builtin_sqrtf(residual);
+    index.norm[b] = __builtin_sqrtf(norm);
+}
+
+template <typename T>
+void fill_index(const Problem& p, int64_t batch, int64_t kv_head, const HeadIndex& index, int64_t first,
+                int64_t last) {
     const T* keys = head_of<T>(p.k, batch, kv_head);
     const T* values = head_of<T>(p.v, batch, kv_head);
     for (int64_t b = first; b < last; ++b) {
-        uint8_t* packed = index.packed + b * kBlock * groups * 4;
-        std::memset(packed, 128, static_cast<size_t>(kBlock * groups * 4));
-        float residual = 0.0f, norm = 0.0f;
         const int64_t count = p.num_keys - b * kBlock < kBlock ? p.num_keys - b * kBlock : kBlock;
-        for (int64_t j = 0; j < count; ++j) {
-            const T* key = keys + (b * kBlock + j) * p.k.token_stride;
-            uint8_t* out = packed + slot_of(static_cast<int>(j)) * 4;
-            F lost = set1(0.0f), left = set1(0.0f);
-            for (int64_t c = 0; c < size; c += 16) {
-                const int64_t n = size - c < 16 ? size - c : 16;
-                float lanes[16];
-                const F x = (load_n(key + c, n) - load_n(index.center + c, n)) * load_n(index.inverse + c, n);
-                const F q = round(min(max(x, set1(-127.0f)), set1(127.0f)));
-                lost = fma(x - q, x - q, lost);
-                left = fma(q, q, left);
-                store(lanes, q);
-                for (int64_t i = 0; i < n; ++i) {
-                    const int64_t d = c + i;
-                    // What min and max make of NaN is the processor's choice.
-                    const float value = lanes[i] >= -127.0f && lanes[i] <= 127.0f ? lanes[i] : 0.0f;
-                    out[d / 4 * 256 + d % 4] = static_cast<uint8_t>(128 + static_cast<int>(value));
-                }
-            }
-            const float e = sum(lost), s = sum(left);
-            if (!(e <= residual)) residual = e == e ? e : INFINITY;  // NaN counts as infinite
-            if (s > norm) norm = s;
-        }
-        index.residual[b] = __builtin_sqrtf(residual);
-        index.norm[b] = __builtin_sqrtf(norm);
-        if (!p.rule.centroid_tail || count < kBlock) continue;
+        if (index.packed != nullptr) quantise_block<T>(p, keys, index, b, count);
+        if (index.key_mean == nullptr || count < kBlock) continue;
         const auto mean = [&](const T* rows, int64_t stride, int64_t width, float* out) {
             for (int64_t c = 0; c < width; c += 16) {
                 const int64_t n = width - c < 16 ? width - c : 16;
@@ -138,7 +145,7 @@ void fill_index(const Problem& p, int64_t batch, int64_t kv_head, const KeyIndex
                 store_n(out + b * width + c, total * set1(1.0f / kBlock), n);
             }
         };
-        mean(keys, p.k.token_stride, size, index.key_mean);
+        mean(keys, p.k.token_stride, p.head_size, index.key_mean);
         mean(values, p.v.token_stride, p.value_size, index.value_mean);
     }
 }

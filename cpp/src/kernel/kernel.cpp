@@ -46,23 +46,30 @@ size_t workspace_size(const Problem& p) {
     return sparse.used() > dense.used() ? sparse.used() : dense.used();
 }
 
-void fit_any(const Problem& p, int64_t batch, int64_t kv_head, const KeyIndex& index, float* scratch) {
+void fit_any(const Problem& p, int64_t batch, int64_t kv_head, const HeadIndex& index, float* scratch) {
     with_type(p.dtype, [&](auto* type) {
         fit_index<std::remove_pointer_t<decltype(type)>>(p, batch, kv_head, index, scratch);
     });
 }
 
-void fill_any(const Problem& p, int64_t batch, int64_t kv_head, const KeyIndex& index, int64_t first,
+void fill_any(const Problem& p, int64_t batch, int64_t kv_head, const HeadIndex& index, int64_t first,
               int64_t last) {
     with_type(p.dtype, [&](auto* type) {
         fill_index<std::remove_pointer_t<decltype(type)>>(p, batch, kv_head, index, first, last);
     });
 }
 
-void sparse_any(const Problem& p, const KeyIndex& index, const Tile& tile, std::byte* workspace, void* out,
-                const SelectionOut* selection) {
+void scan_any(const Problem& p, const HeadIndex& index, const Tile& tile, int64_t first, int64_t last,
+              std::byte* workspace, int16_t* scores) {
     with_type(p.dtype, [&](auto* type) {
-        sparse_tile<std::remove_pointer_t<decltype(type)>>(p, index, tile, workspace, out, selection);
+        scan_tile<std::remove_pointer_t<decltype(type)>>(p, index, tile, first, last, workspace, scores);
+    });
+}
+
+void sparse_any(const Problem& p, const HeadIndex& index, const Tile& tile, std::byte* workspace,
+                int16_t* scores, void* out, const SelectionOut* selection) {
+    with_type(p.dtype, [&](auto* type) {
+        sparse_tile<std::remove_pointer_t<decltype(type)>>(p, index, tile, workspace, scores, out, selection);
     });
 }
 
@@ -75,7 +82,7 @@ void dense_any(const Problem& p, const Tile& tile, std::byte* workspace, void* o
 }  // namespace
 
 const Kernel& kernel() {
-    static constexpr Kernel table = {workspace_size, fit_any, fill_any, sparse_any, dense_any};
+    static constexpr Kernel table = {workspace_size, fit_any, fill_any, scan_any, sparse_any, dense_any};
     return table;
 }
 

@@ -19,15 +19,18 @@ inline constexpr int64_t blocks_of(int64_t num_keys) { return (num_keys + kBlock
 // A key k is stored as the bytes 128 + round((k - center) / scale), clamped; softmax ignores the shift, and
 // the scale of a channel is folded into the query. `residual` and `norm` bound, per block, the Euclidean
 // norms of what rounding took away and of what is left: the error of a score follows by Cauchy-Schwarz.
-struct KeyIndex {
-    uint8_t* packed;    // [blocks, groups of 4 channels, 64 keys in the kernel's order, 4]
-    float* residual;    // [blocks]
-    float* norm;        // [blocks]
+//
+// Either of the two parts may be missing. Without the quantised keys all scores are computed exactly.
+struct HeadIndex {
+    uint8_t* packed;  // [blocks, groups of 4 channels, 64 keys in the kernel's order, 4]
+    float* residual;  // [blocks]
+    float* norm;      // [blocks]
+    float* center;    // [head_size]
+    float* scale;     // [head_size]
+    float* inverse;   // [head_size], 1 / scale
+
     float* key_mean;    // [blocks, head_size]; of complete blocks
     float* value_mean;  // [blocks, value_size]
-    float* center;      // [head_size]
-    float* scale;       // [head_size]
-    float* inverse;     // [head_size], 1 / scale
 };
 
 // Which rows of which KV head. Rows of a head's group are numbered token by token: row / group is the query,
@@ -49,13 +52,18 @@ struct Kernel {
     // Bytes that a thread needs for scratch.
     size_t (*workspace_size)(const Problem&);
     // Chooses center and scale from the whole head. Scratch: floats [head_size, blocks].
-    void (*fit_index)(const Problem&, int64_t batch, int64_t kv_head, const KeyIndex&, float* scratch);
+    void (*fit_index)(const Problem&, int64_t batch, int64_t kv_head, const HeadIndex&, float* scratch);
     // Quantises the blocks [first, last).
-    void (*fill_index)(const Problem&, int64_t batch, int64_t kv_head, const KeyIndex&, int64_t first,
+    void (*fill_index)(const Problem&, int64_t batch, int64_t kv_head, const HeadIndex&, int64_t first,
                        int64_t last);
+    // The low-precision scores of a tile's rows with the blocks [first, last): int16 [kTileRows, padded
+    // keys].
+    void (*scan_tile)(const Problem&, const HeadIndex&, const Tile&, int64_t first, int64_t last,
+                      std::byte* workspace, int16_t* scores);
     // One tile of rows: attention into `out`, or, where `selection` is given, only what the rows keep.
-    void (*sparse_tile)(const Problem&, const KeyIndex&, const Tile&, std::byte* workspace, void* out,
-                        const SelectionOut* selection);
+    // `scores`: those of scan_tile from the tile's first row on, or null.
+    void (*sparse_tile)(const Problem&, const HeadIndex&, const Tile&, std::byte* workspace, int16_t* scores,
+                        void* out, const SelectionOut* selection);
     void (*dense_tile)(const Problem&, const Tile&, std::byte* workspace, void* out);
 };
 
@@ -67,6 +75,16 @@ const Kernel& kernel();
 }
 namespace avx512_vnni {
 const Kernel& kernel();
+}
+
+// The table for an instruction set that this machine has.
+inline const Kernel& kernel_for(Isa isa) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512_vnni) return avx512_vnni::kernel();
+    if (isa == Isa::avx2) return avx2::kernel();
+#endif
+    (void)isa;
+    return portable::kernel();
 }
 
 }  // namespace sparsek

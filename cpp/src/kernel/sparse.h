@@ -129,16 +129,13 @@ inline void always_bits(const Problem& p, const Row& row, const uint64_t* allowe
     }
 }
 
-// The row's query in float, and, times the scale of the scores, in 8 bits.
-template <typename T>
-inline void quantise_query(const Problem& p, int64_t batch, const KeyIndex& index, float largest_norm,
-                           Row* row, float* query, int8_t* quantised, int64_t bytes) {
-    const T* q = head_of<T>(p.q, batch, row->head) + row->query * p.q.token_stride;
+// The row's query, padded with zeros, times the scale of the scores, in 8 bits.
+inline void quantise_query(const Problem& p, const HeadIndex& index, float largest_norm, const float* query,
+                           Row* row, int8_t* quantised, int64_t bytes) {
     const auto lanes_at = [&](int64_t c) { return minimum(16, p.head_size - c); };
     F offsets = set1(0.0f), widest = set1(0.0f);
     for (int64_t c = 0; c < p.head_size; c += 16) {
-        const F x = load_n(q + c, lanes_at(c)), scaled = x * set1(p.scale);
-        store(query + c, x);
+        const F scaled = load(query + c) * set1(p.scale);
         offsets = fma(scaled, load_n(index.center + c, lanes_at(c)), offsets);
         const F channel = scaled * load_n(index.scale + c, lanes_at(c));
         widest = max(max(channel, set1(0.0f) - channel), widest);
@@ -266,7 +263,7 @@ inline float keep_best(int64_t k, int64_t count, int32_t* index, float* scores, 
 // The best `top_k` of the row's candidates, which lie in the blocks [first, last): their positions and exact
 // scores. Returns their number.
 template <typename T>
-inline int64_t select_row(const Problem& p, const KeyIndex& index, const T* keys, const Row& row,
+inline int64_t select_row(const Problem& p, const HeadIndex& index, const T* keys, const Row& row,
                           const float* query, int16_t* scores, int64_t first, int64_t last,
                           const SparseWork& w) {
     int64_t total = 0;
@@ -277,6 +274,12 @@ inline int64_t select_row(const Problem& p, const KeyIndex& index, const T* keys
         const int64_t n = list_bits(first, last, [&](int64_t b) { return w.candidates[b]; }, w.index);
         score_keys(p, keys, query, w.index, 0, n, w.weights);
         return n;
+    }
+    if (index.packed == nullptr) {
+        const int64_t n = list_bits(first, last, [&](int64_t b) { return w.candidates[b]; }, w.index);
+        score_keys(p, keys, query, w.index, 0, n, w.weights);
+        keep_best(k, n, w.index, w.weights, w.order);
+        return k;
     }
     for (int64_t b = first; b < last; ++b) {
         if (w.candidates[b] != ~0ull) keep64(scores + b * kBlock, w.candidates[b], kForbidden);
@@ -330,7 +333,7 @@ inline int64_t select_row(const Problem& p, const KeyIndex& index, const T* keys
 // What the kept keys leave out, as one logit per complete and wholly allowed block; returns the number of
 // blocks.
 template <typename T>
-inline int64_t tail_logits(const Problem& p, const KeyIndex& index, const float* query,
+inline int64_t tail_logits(const Problem& p, const HeadIndex& index, const float* query,
                            const uint64_t* allowed, int64_t count, const SparseWork& w) {
     int64_t blocks = p.num_keys / kBlock;
     while (blocks > 0 && allowed[blocks - 1] != ~0ull) --blocks;
@@ -382,7 +385,7 @@ inline float largest_of(const float* x, int64_t count, float start) {
 
 // Softmax over the `count` kept keys and the tail, into the row of the output.
 template <typename T>
-inline void attend_row(const Problem& p, const KeyIndex& index, const T* values, const Row& row,
+inline void attend_row(const Problem& p, const HeadIndex& index, const T* values, const Row& row,
                        int64_t count, int64_t blocks, int64_t batch, const SparseWork& w, T* out) {
     T* result = out + ((batch * p.heads + row.head) * p.num_queries + row.query) * p.value_size;
     if (p.softcap > 0.0f) {
@@ -412,55 +415,93 @@ inline void write_selection(const Problem& p, const Row& row, int64_t batch, int
     out.counts[at] = static_cast<int32_t>(n);
 }
 
+// The tile's queries, in float and, where the index has quantised keys, in 8 bits.
 template <typename T>
-void sparse_tile(const Problem& p, const KeyIndex& index, const Tile& tile, std::byte* workspace, void* out,
-                 const SelectionOut* selection) {
+inline void prepare_rows(const Problem& p, const HeadIndex& index, const Tile& tile, const SparseWork& w,
+                         Row* rows) {
+    const int64_t group = p.heads / p.kv_heads;
+    float largest_norm = 0.0f;
+    for (int64_t b = 0; index.packed != nullptr && b < w.blocks; ++b)
+        largest_norm = index.norm[b] > largest_norm ? index.norm[b] : largest_norm;
+    std::memset(w.queries, 0, static_cast<size_t>(tile.num_rows * w.query_floats) * sizeof(float));
+    for (int64_t r = 0; r < tile.num_rows; ++r) {
+        const int64_t number = tile.first_row + r;
+        rows[r].query = number / group;
+        rows[r].head = tile.kv_head * group + number % group;
+        rows[r].position = p.first_position + rows[r].query;
+        float* query = w.queries + r * w.query_floats;
+        const T* q = head_of<T>(p.q, tile.batch, rows[r].head) + rows[r].query * p.q.token_stride;
+        for (int64_t d = 0; d < p.head_size; ++d) query[d] = to_float(q[d]);
+        if (index.packed == nullptr) continue;
+        quantise_query(p, index, largest_norm, query, rows + r, w.quantised + r * w.query_bytes,
+                       w.query_bytes);
+    }
+}
+
+inline void scan_rows(const HeadIndex& index, int64_t num_rows, Row* rows, int64_t first, int64_t last,
+                      const SparseWork& w, int16_t* scores) {
+    int32_t start[kTileRows], shift[kTileRows];
+    const int64_t padded_rows = round_up(num_rows, kScanRows);
+    for (int64_t r = 0; r < padded_rows; ++r) {
+        const int64_t from = minimum(r, num_rows - 1);  // those beyond the last repeat it
+        start[r] = rows[from].start;
+        shift[r] = rows[from].shift;
+        if (r > from) {
+            std::memcpy(w.quantised + r * w.query_bytes, w.quantised + from * w.query_bytes,
+                        static_cast<size_t>(w.query_bytes));
+        }
+    }
+    for (int64_t b = first; b < last; ++b) {
+        for (int64_t r = 0; r < padded_rows; r += kScanRows) {
+            scan_block(index.packed + b * kBlock * w.query_bytes, w.quantised + r * w.query_bytes,
+                       w.query_bytes, start + r, shift + r, w.query_bytes / 4,
+                       scores + r * w.padded_keys + b * kBlock, w.padded_keys);
+        }
+    }
+}
+
+template <typename T>
+void scan_tile(const Problem& p, const HeadIndex& index, const Tile& tile, int64_t first, int64_t last,
+               std::byte* workspace, int16_t* scores) {
     Arena arena(workspace);
     const SparseWork w(p, arena);
-    const int64_t group = p.heads / p.kv_heads;
+    Row rows[kTileRows];
+    prepare_rows<T>(p, index, tile, w, rows);
+    scan_rows(index, tile.num_rows, rows, first, last, w, scores);
+}
+
+template <typename T>
+void sparse_tile(const Problem& p, const HeadIndex& index, const Tile& tile, std::byte* workspace,
+                 int16_t* scores, void* out, const SelectionOut* selection) {
+    Arena arena(workspace);
+    const SparseWork w(p, arena);
     const T* keys = head_of<T>(p.k, tile.batch, tile.kv_head);
     const T* values = selection ? nullptr : head_of<T>(p.v, tile.batch, tile.kv_head);
 
-    float largest_norm = 0.0f;
-    for (int64_t b = 0; b < w.blocks; ++b)
-        largest_norm = index.norm[b] > largest_norm ? index.norm[b] : largest_norm;
     if (p.rule.stride > 0) {
         std::memset(w.strided, 0, static_cast<size_t>(w.blocks) * sizeof(uint64_t));
         for (int64_t j = 0; j < p.num_keys; j += p.rule.stride) w.strided[j / kBlock] |= 1ull << (j % kBlock);
     }
-    w.logarithms[0] = -INFINITY;
-    for (int n = 1; n <= kBlock; ++n) w.logarithms[n] = __builtin_logf(static_cast<float>(n));
-    std::memset(w.queries, 0, static_cast<size_t>(kTileRows * w.query_floats) * sizeof(float));
+    if (p.rule.centroid_tail) {
+        w.logarithms[0] = -INFINITY;
+        for (int n = 1; n <= kBlock; ++n) w.logarithms[n] = __builtin_logf(static_cast<float>(n));
+    }
     Row rows[kTileRows];
-    int32_t start[kTileRows], shift[kTileRows];
+    prepare_rows<T>(p, index, tile, w, rows);
     int64_t first = w.blocks, last = 0;
-    for (int r = 0; r < kTileRows; ++r) {
-        // Rows beyond the last repeat it: the scan always takes all.
-        const int64_t number = tile.first_row + minimum(r, tile.num_rows - 1);
-        Row& row = rows[r];
-        row.query = number / group;
-        row.head = tile.kv_head * group + number % group;
-        row.position = p.first_position + row.query;
-        quantise_query<T>(p, tile.batch, index, largest_norm, &row, w.queries + r * w.query_floats,
-                          w.quantised + r * w.query_bytes, w.query_bytes);
-        start[r] = row.start;
-        shift[r] = row.shift;
+    for (int64_t r = 0; r < tile.num_rows; ++r) {
         uint64_t* allowed = w.allowed + r * w.blocks;
-        allowed_bits(p, tile.batch, row, w.blocks, allowed);
+        allowed_bits(p, tile.batch, rows[r], w.blocks, allowed);
         for (int64_t b = 0; b < w.blocks; ++b) {
             if (allowed[b] == 0) continue;
             first = minimum(first, b);
             last = maximum(last, b + 1);
         }
     }
-    if ((last - first) * kBlock > p.rule.top_k) {
-        for (int64_t b = first; b < last; ++b) {
-            for (int r = 0; r < kTileRows; r += kScanRows) {
-                scan_block(index.packed + b * kBlock * w.query_bytes, w.quantised + r * w.query_bytes,
-                           w.query_bytes, start + r, shift + r, w.query_bytes / 4,
-                           w.scores + r * w.padded_keys + b * kBlock, w.padded_keys);
-            }
-        }
+    if (scores == nullptr) {
+        scores = w.scores;
+        if (index.packed != nullptr && (last - first) * kBlock > p.rule.top_k)
+            scan_rows(index, tile.num_rows, rows, first, last, w, scores);
     }
     for (int64_t r = 0; r < tile.num_rows; ++r) {
         const uint64_t* allowed = w.allowed + r * w.blocks;
@@ -468,7 +509,7 @@ void sparse_tile(const Problem& p, const KeyIndex& index, const Tile& tile, std:
         always_bits(p, rows[r], allowed, first, last, w);
         for (int64_t b = first; b < last; ++b) w.candidates[b] = allowed[b] & ~w.always[b];
         int64_t count =
-            select_row(p, index, keys, rows[r], query, w.scores + r * w.padded_keys, first, last, w);
+            select_row(p, index, keys, rows[r], query, scores + r * w.padded_keys, first, last, w);
         if (selection != nullptr) {
             write_selection(p, rows[r], tile.batch, count, first, last, w, *selection);
             continue;

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 
 from ..config import SparseKConfig
 from ..integrations import transformers as integration
@@ -80,12 +80,12 @@ class TransformersEngine:
     def prompt_seconds(self, tokens: list[int], config: SparseKConfig | None) -> float:
         with self._attending(config):
             start = time.perf_counter()
-            self._step(self._ids(tokens), DynamicCache(config=self._model.config))
+            self._step(self._ids(tokens), self._cache(config))
             return time.perf_counter() - start
 
     def generation(self, depth: list[int], count: int, config: SparseKConfig | None) -> Callable[[], float]:
         tokens = depth or self.encode("The")[:1]  # generation begins from something
-        at_depth = DynamicCache(config=self._model.config)
+        at_depth = self._cache(config)
         with self._attending(config):
             first = self._step(self._ids(tokens), at_depth)
 
@@ -100,7 +100,7 @@ class TransformersEngine:
         return once
 
     def generate(self, tokens: list[int], count: int, config: SparseKConfig | None) -> Iterator[int]:
-        cache = DynamicCache(config=self._model.config)
+        cache = self._cache(config)
         ids, ends = self._ids(tokens), self._end_tokens()
         for _ in range(count):
             with self._attending(config):  # not across the yield: others may use the model in between
@@ -146,8 +146,11 @@ class TransformersEngine:
     def _attending(self, config: SparseKConfig | None) -> contextlib.AbstractContextManager[Any]:
         return integration.enabled(self._model, config) if config else contextlib.nullcontext()
 
+    def _cache(self, config: SparseKConfig | None) -> Cache:
+        return (integration.SparseKCache if config else DynamicCache)(config=self._model.config)
+
     @torch.inference_mode()
-    def _step(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    def _step(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Append `ids` to the cache; returns the greedy next token [1, 1]."""
         logits = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         token: torch.Tensor = logits[:, -1].argmax(-1, keepdim=True)

@@ -7,6 +7,8 @@ or, on a model that is loaded already, `enable(model, SparseKConfig(top_k=64))`,
 `with enabled(model, config): ...`. The configuration lives in `model.config.sparsek` as JSON text, so it is
 saved and loaded with the model.
 
+`SparseKCache` (see transformers_cache.py) makes generation fast.
+
 The model's own mask (padding, packed sequences, sliding window, cache) is obeyed as it is. Two things the
 host leaves out are put right here: a StaticCache prefill hands over the whole cache without a mask, and
 packed sequences given by `position_ids` alone lose their mask as soon as a cache is used.
@@ -25,7 +27,21 @@ from transformers.masking_utils import sdpa_mask
 
 from ..config import SparseKConfig
 from ..kernels import dispatch
+from ..key_index import KeyIndex
 from ..problem import Problem, make_problem
+from .transformers_cache import SparseKCache, index_of
+
+__all__ = [
+    "NAME",
+    "SparseKCache",
+    "current_config",
+    "disable",
+    "enable",
+    "enabled",
+    "observed",
+    "register",
+    "sparsek_attention",
+]
 
 NAME: Final = "sparsek"
 _FIELD: Final = "sparsek"  # of the model's config
@@ -151,7 +167,7 @@ def sparsek_attention(
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
     # Only a causal call without a mask can have lost its packing.
     positions = position_ids if causal and position_ids is not None and position_ids.ndim == 2 else None
-    out = _attention_op(
+    arguments = (
         query,
         key,
         value,
@@ -164,6 +180,8 @@ def sparsek_attention(
         _stored(getattr(module, "config", None)),
         getattr(module, "layer_idx", _NO_LAYER),
     )
+    index = index_of(key)
+    out = _attention_op(*arguments) if index is None else _attend(*arguments, index)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -182,6 +200,23 @@ def _attention_op(
     layer: int,
 ) -> torch.Tensor:
     """One opaque operation for torch.compile: everything that depends on values happens inside it."""
+    return _attend(q, k, v, mask, positions, is_causal, scale, softcap, sliding_window, config, layer)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float | None,
+    sliding_window: int | None,
+    config: str,
+    layer: int,
+    index: KeyIndex | None = None,
+) -> torch.Tensor:
     if positions is not None:
         mask = _packed_mask(positions)
     elif mask is not None and mask.dtype != torch.bool:
@@ -198,6 +233,7 @@ def _attention_op(
         softcap=softcap,
         layer=None if layer == _NO_LAYER else layer,
         context=sliding_window,
+        index=index,
     )
     out: torch.Tensor = dispatch.attention(problem)
     for observer in tuple(_observers):

@@ -59,6 +59,7 @@ def attention(p: Problem) -> Array:
         stride=p.rule.stride,
         centroid_tail=p.rule.tail == "centroid",
         num_threads=_threads(p.q),
+        index=None if p.index is None else p.index._core,
     )
     return out
 
