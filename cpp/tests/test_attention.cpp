@@ -1,0 +1,149 @@
+#include <atomic>
+#include <cmath>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "sparsek/attention.h"
+#include "sparsek/key_index.h"
+
+using namespace sparsek;
+
+namespace {
+
+constexpr int64_t kHeads = 2, kQueries = 200, kKeys = 400, kSize = 32;
+
+struct Inputs {
+    std::vector<float> q, k, v;
+    Problem p;
+
+    explicit Inputs(int64_t top_k) {
+        std::mt19937 random(1);
+        std::normal_distribution<float> normal;
+        for (auto* x : {&q, &k, &v}) {
+            x->resize(kHeads * kKeys * kSize);
+            for (float& f : *x) f = normal(random);
+        }
+        p.batch = 1;
+        p.heads = p.kv_heads = kHeads;
+        p.num_queries = kQueries;
+        p.num_keys = kKeys;
+        p.head_size = p.value_size = kSize;
+        p.q = {q.data(), 0, kKeys * kSize, kSize};
+        p.k = {k.data(), 0, kKeys * kSize, kSize};
+        p.v = {v.data(), 0, kKeys * kSize, kSize};
+        p.is_causal = true;
+        p.first_position = kKeys - kQueries;
+        p.scale = 0.2f;
+        p.rule = {top_k, 4, 16, 0, true};
+    }
+};
+
+std::vector<float> solve(const Problem& p, const Options& options, KeyIndex* index = nullptr) {
+    std::vector<float> out(static_cast<size_t>(p.heads * p.num_queries * p.value_size));
+    CHECK(attention(p, options, out.data(), index));
+    return out;
+}
+
+// Rows that keep everything, by the definition.
+void dense_is_softmax() {
+    const Inputs in(kKeys);
+    for (const Isa isa : available_isas(detect())) {
+        const auto out = solve(in.p, {2, isa});
+        double worst = 0;
+        for (int64_t h = 0; h < kHeads; ++h) {
+            for (int64_t i = 0; i < kQueries; ++i) {
+                std::vector<double> sums(kSize);
+                double total = 0;
+                for (int64_t j = 0; j <= in.p.first_position + i; ++j) {
+                    double score = 0;
+                    for (int64_t d = 0; d < kSize; ++d) {
+                        const auto at = [&](const std::vector<float>& x, int64_t row) {
+                            return static_cast<double>(x[static_cast<size_t>((h * kKeys + row) * kSize + d)]);
+                        };
+                        score += at(in.q, i) * at(in.k, j);
+                    }
+                    const double weight = std::exp(score * static_cast<double>(in.p.scale));
+                    total += weight;
+                    for (int64_t d = 0; d < kSize; ++d)
+                        sums[static_cast<size_t>(d)] +=
+                            weight *
+                            static_cast<double>(in.v[static_cast<size_t>((h * kKeys + j) * kSize + d)]);
+                }
+                for (int64_t d = 0; d < kSize; ++d) {
+                    const auto got =
+                        static_cast<double>(out[static_cast<size_t>((h * kQueries + i) * kSize + d)]);
+                    worst = std::max(worst, std::fabs(got - sums[static_cast<size_t>(d)] / total));
+                }
+            }
+        }
+        CHECK(worst < 1e-5);
+    }
+}
+
+void callers_on_several_threads_do_not_meet() {
+    const Inputs in(20);
+    for (const Isa isa : available_isas(detect())) {
+        const auto expected = solve(in.p, {1, isa});
+        std::atomic<int> wrong{0};
+        std::vector<std::thread> callers;
+        for (int t = 0; t < 3; ++t) {
+            callers.emplace_back([&] {
+                KeyIndex index(in.p, {}, isa);
+                for (int i = 0; i < 5; ++i) {
+                    std::vector<float> out(expected.size());
+                    attention(in.p, {3, isa}, out.data(), i % 2 ? &index : nullptr);
+                    if (out != expected) ++wrong;
+                }
+            });
+        }
+        for (std::thread& t : callers) t.join();
+        CHECK(wrong == 0);
+    }
+}
+
+void interrupted_calls_end_early_and_leave_the_index_usable() {
+    const Inputs in(20);
+    const auto expected = solve(in.p, {1, Isa::portable});
+    int asked = 0;
+    const auto at_once = [](void* count) { return ++*static_cast<int*>(count) > 1; };
+    const Options options = {1, Isa::portable, at_once, &asked};
+    std::vector<float> out(expected.size());
+    KeyIndex index(in.p, {}, Isa::portable);
+    CHECK(!attention(in.p, options, out.data(), &index));
+    CHECK(asked == 2);
+    CHECK(solve(in.p, {1, Isa::portable}, &index) == expected);
+}
+
+void reordered_index_follows_its_batch() {
+    Inputs in(20);
+    in.p.batch = 2;  // the heads become two sequences of one head each
+    in.p.heads = in.p.kv_heads = 1;
+    for (Tensor* x : {&in.p.q, &in.p.k, &in.p.v}) x->batch_stride = kKeys * kSize;
+    KeyIndex index(in.p, {}, Isa::portable);
+    std::vector<float> out(kHeads * kQueries * kSize);
+    CHECK(attention(in.p, {1, Isa::portable}, out.data(), &index));
+    const int64_t second_twice[] = {1, 1, 1};
+    index.reorder(second_twice, 3);
+    CHECK(index.batch() == 3 && index.length() == kKeys);
+    in.p.batch = 3;
+    for (Tensor* x : {&in.p.q, &in.p.k, &in.p.v}) {
+        x->data = static_cast<const float*>(x->data) + kKeys * kSize;
+        x->batch_stride = 0;
+    }
+    std::vector<float> thrice(3 * kQueries * kSize);
+    CHECK(attention(in.p, {1, Isa::portable}, thrice.data(), &index));
+    for (size_t i = 0; i < thrice.size(); ++i)
+        CHECK(thrice[i] == out[kQueries * kSize + i % (kQueries * kSize)]);
+}
+
+}  // namespace
+
+int main() {
+    dense_is_softmax();
+    callers_on_several_threads_do_not_meet();
+    interrupted_calls_end_early_and_leave_the_index_usable();
+    reordered_index_follows_its_batch();
+    return failures;
+}
