@@ -78,6 +78,7 @@ static inline void from_float(float x, Half* out) {
 }
 
 static inline int lowest_bit(uint64_t x) { return __builtin_ctzll(x); }
+static inline int highest_bit(uint32_t x) { return 31 - __builtin_clz(x); }
 static inline int count_bits(uint64_t x) { return __builtin_popcountll(x); }
 // The lowest n bits, 0 <= n <= 64.
 static inline uint64_t first_bits(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }

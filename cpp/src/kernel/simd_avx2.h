@@ -159,10 +159,15 @@ inline F sums(const F a[16]) {
 inline __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store_bytes(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 
-// Elementwise maximum of 64 numbers.
-inline void max64(int16_t* out, const int16_t* a, const int16_t* b) {
-    for (int i = 0; i < 64; i += 16)
-        store_bytes(out + i, _mm256_max_epi16(load_bytes(a + i), load_bytes(b + i)));
+// Elementwise maximum of `count` >= 1 blocks of 64 numbers, `stride` numbers apart.
+inline void max_of_blocks(int16_t* out, const int16_t* x, int64_t stride, int64_t count) {
+    __m256i highest[4];
+    for (int c = 0; c < 4; ++c) highest[c] = load_bytes(x + 16 * c);
+    for (int64_t i = 1; i < count; ++i) {
+        x += stride;
+        for (int c = 0; c < 4; ++c) highest[c] = _mm256_max_epi16(highest[c], load_bytes(x + 16 * c));
+    }
+    for (int c = 0; c < 4; ++c) store_bytes(out + 16 * c, highest[c]);
 }
 // Bit i says whether x[i] >= threshold.
 inline uint64_t at_least64(const int16_t* x, int16_t threshold) {
@@ -184,6 +189,13 @@ inline uint32_t at_least16(const int32_t* x, int32_t threshold) {
             _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(t, load_bytes(p)))));
     };
     return ~(below(x) | below(x + 8) << 8) & 0xffff;
+}
+// Of 16 numbers those whose bits are set, moved together; returns how many. May write 16.
+template <typename T>
+inline int64_t compress16(T* out, const T* x, uint32_t bits) {
+    int64_t n = 0;
+    for (; bits != 0; bits &= bits - 1) out[n++] = x[lowest_bit(bits)];
+    return n;
 }
 // x[i] becomes `value` where bit i is 0.
 inline void keep64(int16_t* x, uint64_t bits, int16_t value) {

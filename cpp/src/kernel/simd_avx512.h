@@ -107,11 +107,16 @@ inline F sums(const F a[16]) {
     return {_mm512_add_ps(_mm512_shuffle_f32x4(d[0], d[1], 0x88), _mm512_shuffle_f32x4(d[0], d[1], 0xdd))};
 }
 
-// Elementwise maximum of 64 numbers.
-inline void max64(int16_t* out, const int16_t* a, const int16_t* b) {
-    for (int i = 0; i < 64; i += 32) {
-        _mm512_storeu_si512(out + i, _mm512_max_epi16(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i)));
+// Elementwise maximum of `count` >= 1 blocks of 64 numbers, `stride` numbers apart.
+inline void max_of_blocks(int16_t* out, const int16_t* x, int64_t stride, int64_t count) {
+    __m512i low = _mm512_loadu_si512(x), high = _mm512_loadu_si512(x + 32);
+    for (int64_t i = 1; i < count; ++i) {
+        x += stride;
+        low = _mm512_max_epi16(low, _mm512_loadu_si512(x));
+        high = _mm512_max_epi16(high, _mm512_loadu_si512(x + 32));
     }
+    _mm512_storeu_si512(out, low);
+    _mm512_storeu_si512(out + 32, high);
 }
 // Bit i says whether x[i] >= threshold.
 inline uint64_t at_least64(const int16_t* x, int16_t threshold) {
@@ -122,6 +127,14 @@ inline uint64_t at_least64(const int16_t* x, int16_t threshold) {
 }
 inline uint32_t at_least16(const int32_t* x, int32_t threshold) {
     return _mm512_cmpge_epi32_mask(_mm512_loadu_si512(x), _mm512_set1_epi32(threshold));
+}
+// Of 16 numbers those whose bits are set, moved together; returns how many. Writes 16.
+template <typename T>
+inline int64_t compress16(T* out, const T* x, uint32_t bits) {
+    static_assert(sizeof(T) == 4);
+    _mm512_storeu_si512(out,
+                        _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), _mm512_loadu_si512(x)));
+    return count_bits(bits);
 }
 // x[i] becomes `value` where bit i is 0.
 inline void keep64(int16_t* x, uint64_t bits, int16_t value) {

@@ -102,9 +102,13 @@ inline F sums(const F a[16]) {
     return each([&](int i) { return sum(a[i]); });
 }
 
-// Elementwise maximum of 64 numbers.
-inline void max64(int16_t* out, const int16_t* a, const int16_t* b) {
-    for (int i = 0; i < 64; ++i) out[i] = a[i] > b[i] ? a[i] : b[i];
+// Elementwise maximum of `count` >= 1 blocks of 64 numbers, `stride` numbers apart.
+inline void max_of_blocks(int16_t* out, const int16_t* x, int64_t stride, int64_t count) {
+    std::memcpy(out, x, 64 * sizeof(int16_t));
+    for (int64_t i = 1; i < count; ++i) {
+        x += stride;
+        for (int j = 0; j < 64; ++j) out[j] = x[j] > out[j] ? x[j] : out[j];
+    }
 }
 // Bit i says whether x[i] >= threshold.
 inline uint64_t at_least64(const int16_t* x, int16_t threshold) {
@@ -116,6 +120,13 @@ inline uint32_t at_least16(const int32_t* x, int32_t threshold) {
     uint32_t bits = 0;
     for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(x[i] >= threshold) << i;
     return bits;
+}
+// Of 16 numbers those whose bits are set, moved together; returns how many. May write 16.
+template <typename T>
+inline int64_t compress16(T* out, const T* x, uint32_t bits) {
+    int64_t n = 0;
+    for (; bits != 0; bits &= bits - 1) out[n++] = x[lowest_bit(bits)];
+    return n;
 }
 // x[i] becomes `value` where bit i is 0.
 inline void keep64(int16_t* x, uint64_t bits, int16_t value) {

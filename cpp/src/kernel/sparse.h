@@ -110,23 +110,32 @@ inline void allowed_bits(const Problem& p, int64_t batch, const Row& row, int64_
     }
 }
 
+// Blocks [first, end) and [again, last) are those that may have a key which is kept whatever its score.
+struct Spans {
+    int64_t end, again;
+};
+
 // Bits of the keys that are kept whatever their score, in the blocks [first, last).
-inline void always_bits(const Problem& p, const Row& row, const uint64_t* allowed, int64_t first,
-                        int64_t last, const SparseWork& w) {
+inline Spans always_bits(const Problem& p, const Row& row, const uint64_t* allowed, int64_t first,
+                         int64_t last, const SparseWork& w) {
     for (int64_t b = first; b < last; ++b) w.always[b] = 0;
     for (int64_t b = first; b < last && b * kBlock < p.rule.sinks; ++b)
         w.always[b] = allowed[b] & first_bits(p.rule.sinks - b * kBlock);
-    int64_t room = p.rule.window;
+    const int64_t end = maximum(first, minimum(last, blocks_of(minimum(p.rule.sinks, p.num_keys))));
+    int64_t room = p.rule.window, again = last;
     const int64_t newest = minimum(row.position, p.num_keys - 1);
     for (int64_t b = minimum(newest / kBlock, last - 1); newest >= 0 && b >= first && room > 0; --b) {
         uint64_t word = allowed[b] & first_bits(newest - b * kBlock + 1);
         while (count_bits(word) > room) word &= word - 1;
         room -= count_bits(word);
         w.always[b] |= word;
+        again = b;
     }
     if (p.rule.stride > 0) {
         for (int64_t b = first; b < last; ++b) w.always[b] |= allowed[b] & w.strided[b];
+        return {last, last};
     }
+    return {end, maximum(end, again)};
 }
 
 // The row's query, padded with zeros, times the scale of the scores, in 8 bits.
@@ -232,32 +241,42 @@ inline float keep_best(int64_t k, int64_t count, int32_t* index, float* scores, 
         if (order[i] < lowest_order) lowest_order = order[i];
     }
     for (int64_t i = count; i < padded; ++i) order[i] = INT32_MIN;
-    int64_t low = lowest_order, high = highest_order;
-    while (low < high) {
-        const int64_t middle = (low + high + 1) >> 1;
+    // The k-th: at least k scores are >= low, fewer are >= high. Steps go by turns to where it would be if
+    // the scores were spread evenly, which is nearly true, and to the middle.
+    int64_t low = lowest_order, high = static_cast<int64_t>(highest_order) + 1, n_low = count, n_high = 0;
+    for (bool guess = true; high - low > 1 && n_low > k; guess = !guess) {
+        const auto share = static_cast<double>(n_low - k) / static_cast<double>(n_low - n_high);
+        const auto step = static_cast<int64_t>(static_cast<double>(high - low) * (guess ? share : 0.5));
+        const int64_t middle = low + minimum(maximum(step, 1), high - low - 1);
         int64_t n = 0;
         for (int64_t i = 0; i < padded; i += 16)
             n += count_bits(at_least16(order + i, static_cast<int32_t>(middle)));
         if (n >= k) {
             low = middle;
-            if (n == k) break;
+            n_low = n;
         } else {
-            high = middle - 1;
+            high = middle;
+            n_high = n;
         }
     }
     int64_t above = 0;
     for (int64_t i = 0; i < count; ++i) above += order[i] > low;
-    int64_t level = k - above, n = 0;
-    float kth = INFINITY;
-    for (int64_t i = 0; i < count; ++i) {
-        const bool equal = order[i] == low && level > 0;
-        level -= equal;
-        index[n] = index[i];
-        scores[n] = scores[i];
-        n += order[i] > low || equal;
+    int64_t level = k - above, n = 0;  // so many of those that are equal to `low`
+    for (int64_t i = 0; i < padded; i += 16) {
+        const uint32_t better = low < INT32_MAX ? at_least16(order + i, static_cast<int32_t>(low + 1)) : 0;
+        uint32_t equal = at_least16(order + i, static_cast<int32_t>(low)) & ~better;
+        for (; count_bits(equal) > level; equal &= ~(1u << highest_bit(equal))) continue;
+        level -= count_bits(equal);
+        compress16(index + n, index + i, better | equal);
+        n += compress16(scores + n, scores + i, better | equal);
     }
-    for (int64_t i = 0; i < n; ++i) kth = scores[i] > kth ? kth : scores[i];
-    return kth;
+    // The second is taken where the first is NaN.
+    F smallest = set1(INFINITY);
+    for (int64_t i = 0; i < n; i += 16) {
+        const auto lanes = static_cast<uint32_t>(first_bits(minimum(16, n - i)));
+        smallest = min(keep_lanes(load(scores + i), lanes, INFINITY), smallest);
+    }
+    return 0.0f - highest(set1(0.0f) - smallest);
 }
 
 // The best `top_k` of the row's candidates, which lie in the blocks [first, last): their positions and exact
@@ -287,10 +306,8 @@ inline int64_t select_row(const Problem& p, const HeadIndex& index, const T* key
     // Maxima over about 5 k groups of equally spaced keys.
     const int64_t stride = minimum(last - first, (5 * k + kBlock - 1) / kBlock);
     for (int64_t g = 0; g < stride; ++g) {
-        std::memcpy(w.maxima + g * kBlock, scores + (first + g) * kBlock, kBlock * sizeof(int16_t));
-        for (int64_t b = first + g + stride; b < last; b += stride) {
-            max64(w.maxima + g * kBlock, w.maxima + g * kBlock, scores + b * kBlock);
-        }
+        max_of_blocks(w.maxima + g * kBlock, scores + (first + g) * kBlock, stride * kBlock,
+                      (last - first - g + stride - 1) / stride);
     }
     const float level = kth_largest(w.maxima, stride * kBlock, k);
     for (const float margin : kMargins) {
@@ -506,7 +523,7 @@ void sparse_tile(const Problem& p, const HeadIndex& index, const Tile& tile, std
     for (int64_t r = 0; r < tile.num_rows; ++r) {
         const uint64_t* allowed = w.allowed + r * w.blocks;
         const float* query = w.queries + r * w.query_floats;
-        always_bits(p, rows[r], allowed, first, last, w);
+        const Spans spans = always_bits(p, rows[r], allowed, first, last, w);
         for (int64_t b = first; b < last; ++b) w.candidates[b] = allowed[b] & ~w.always[b];
         int64_t count =
             select_row(p, index, keys, rows[r], query, scores + r * w.padded_keys, first, last, w);
@@ -515,7 +532,9 @@ void sparse_tile(const Problem& p, const HeadIndex& index, const Tile& tile, std
             continue;
         }
         const int64_t chosen = count;
-        count += list_bits(first, last, [&](int64_t b) { return w.always[b]; }, w.index + chosen);
+        const auto always = [&](int64_t b) { return w.always[b]; };
+        count += list_bits(first, spans.end, always, w.index + count);
+        count += list_bits(spans.again, last, always, w.index + count);
         if (count > chosen) score_keys(p, keys, query, w.index, chosen / 16 * 16, count, w.weights);
         const int64_t blocks = p.rule.centroid_tail ? tail_logits<T>(p, index, query, allowed, count, w) : 0;
         attend_row(p, index, values, rows[r], count, blocks, tile.batch, w, static_cast<T*>(out));
