@@ -55,8 +55,21 @@ bench: $(READY) ## measure the embedded model and record it in benchmarks/; want
 	mkdir -p build
 	$(BIN)/sparsek eval --context 4096 -k 64 --pure -o jsonl > build/quality.jsonl
 	$(BIN)/sparsek eval --context 4096 -k 32,64,128 -o jsonl >> build/quality.jsonl
-	$(BIN)/sparsek bench -p 512,2048 -n 16 -d 0,2048 -k 0,64 -o jsonl > build/speed-transformers.jsonl
-	mv build/quality.jsonl build/speed-transformers.jsonl benchmarks/
+	$(BIN)/sparsek bench -p 2048,8192 -n 32 -d 4096 -k 0,64 -o jsonl > build/speed-transformers.jsonl
+	for inputs in random model; do for rule in --pure --tail=centroid; do \
+	  call="$(BIN)/sparsek bench-attention --inputs $$inputs $$rule -o jsonl"; \
+	  $$call --tokens 2048,8192 -k 64 && $$call --tokens 16384,32768 -k 128 -r 5 && \
+	  $$call --tokens 32768 --queries 1 --index -k 128 -r 31 || exit 1; \
+	done; done > build/attention.jsonl
+	for rule in --pure --tail=centroid; do \
+	  $(BIN)/sparsek bench-attention --heads 32 --kv-heads 8 --head-dim 128 -k 96 $$rule -r 5 -o jsonl || exit 1; \
+	done >> build/attention.jsonl
+	$(BIN)/sparsek bench-attention --pure -k 8192 -o jsonl >> build/attention.jsonl
+	for shape in "9 3 64" "16 16 64" "32 8 128"; do set -- $$shape; \
+	  $(BIN)/sparsek bench-attention --heads $$1 --kv-heads $$2 --head-dim $$3 --tokens 1024,2048,3072,4096,6144 \
+	    -k auto --min-context 0 --baseline dense -r 5 -o jsonl || exit 1; \
+	done > build/break-even.jsonl
+	mv build/quality.jsonl build/speed-transformers.jsonl build/attention.jsonl build/break-even.jsonl benchmarks/
 
 docs: $(READY) ## make the generated parts of README and docs again
 	$(BIN)/python tools/draw_selection.py

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from .. import _core
 from ..config import SparseKConfig
 from ..kernels import dispatch
+from ..key_index import KeyIndex
 from ..problem import Problem, make_problem
 from ..verify import verify
 from .environment import environment
@@ -24,7 +25,8 @@ DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16":
 @dataclass(frozen=True)
 class AttentionRecord:
     """One shape and configuration. Times in milliseconds, medians; `ratio` is baseline over ours, the
-    median of paired repetitions, with its quartiles. `max_abs_err` is against float64 over the kept set."""
+    median of paired repetitions, with its quartiles. `max_abs_err` is against float64 over the kept set.
+    `index`: the keys had been indexed before, as those of a KV cache are."""
 
     tokens: int
     queries: int
@@ -34,6 +36,7 @@ class AttentionRecord:
     top_k: int
     config: dict[str, Any]
     backend: str
+    index: bool
     inputs: str
     dtype: str
     device: str
@@ -88,18 +91,20 @@ def bench_attention(
     *,
     baseline: str = "sdpa",
     backend: str = "auto",
+    index: bool = False,
     threads: int,
     repetitions: int = 7,
     advance: Callable[[], None] = lambda: None,
 ) -> AttentionRecord:
-    """Verify, then time ours and the baseline in alternation.
+    """Verify, then time ours and the baseline in alternation; with a KeyIndex that holds all keys, or none.
 
     Raises:
         ValueError: unknown baseline. VerificationError: the result is not that of the reference.
     """
     if baseline not in BASELINES:
         raise ValueError(f"baseline = {baseline!r}: must be one of {', '.join(map(repr, BASELINES))}")
-    p = make_problem(inputs.q, inputs.k, inputs.v, config=config, is_causal=True)
+    key_index = KeyIndex() if index else None
+    p = make_problem(inputs.q, inputs.k, inputs.v, config=config, is_causal=True, index=key_index)
     check = verify(p, dispatch.attention(p, backend), backend=backend)
     calls = [lambda: dispatch.attention(p, backend)]
     if other := BASELINES[baseline](p):
@@ -117,6 +122,7 @@ def bench_attention(
         top_k=p.rule.top_k,
         config=config.to_dict(),
         backend=backend,
+        index=index,
         inputs=inputs.source,
         dtype=str(p.q.dtype).removeprefix("torch."),
         device=p.q.device.type,
@@ -147,13 +153,23 @@ def _timed(call: Callable[[], torch.Tensor], device: str) -> Callable[[], float]
 
 
 def _sdpa(p: Problem) -> Callable[[], torch.Tensor]:
-    """PyTorch's dense attention, with K and V repeated for the heads of a group beforehand, untimed."""
+    """PyTorch's dense attention in its fastest form: for one query `enable_gqa`, as Transformers calls it;
+    else with K and V repeated for the heads of a group beforehand, untimed."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    if p.num_queries == 1:
+        assert p.v is not None
+        values = p.v
+        return lambda: sdpa(p.q, p.k, values, scale=p.scale, enable_gqa=True)
     k, v = _repeated(p)
     square = p.num_queries == p.num_keys
-    mask = None if square or p.num_queries == 1 else _causal_mask(p)
-    return lambda: torch.nn.functional.scaled_dot_product_attention(
-        p.q, k, v, attn_mask=mask, is_causal=square, scale=p.scale
-    )
+    mask = None if square else _causal_mask(p)
+    return lambda: sdpa(p.q, k, v, attn_mask=mask, is_causal=square, scale=p.scale)
+
+
+def _dense(p: Problem) -> Callable[[], torch.Tensor]:
+    """Our own dense attention."""
+    dense = replace(p, rule=replace(p.rule, top_k=p.num_keys))
+    return lambda: dispatch.attention(dense)
 
 
 def _mask(p: Problem) -> Callable[[], torch.Tensor]:
@@ -185,6 +201,7 @@ def _causal_mask(p: Problem) -> torch.Tensor:
 # A baseline makes, from a problem, the call to time; "none" times ours alone.
 BASELINES: Final[dict[str, Callable[[Problem], Callable[[], torch.Tensor] | None]]] = {
     "sdpa": _sdpa,
+    "dense": _dense,
     "topk-mask": _mask,
     "none": lambda _: None,
 }

@@ -68,10 +68,13 @@ _HEADS, _KV_HEADS, _HEAD_DIM = 9, 3, 64
 )
 @click.option(
     "--baseline",
-    type=click.Choice(["sdpa", "topk-mask", "none"]),
+    type=click.Choice(["sdpa", "dense", "topk-mask", "none"]),
     default="sdpa",
     show_default=True,
-    help="PyTorch's dense attention; or top-K as a -inf mask over it.",
+    help="PyTorch's dense attention; our own; or top-K as a -inf mask over PyTorch's.",
+)
+@click.option(
+    "--index", is_flag=True, help="With the keys indexed beforehand, as in a SparseKCache: for few --queries."
 )
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Kernel.")
 @click.option(
@@ -93,6 +96,7 @@ def command(
     dtype: str,
     device: str,
     baseline: str,
+    index: bool,
     backend: str,
     repetitions: int,
     threads: int | None,
@@ -110,6 +114,7 @@ def command(
       sparsek bench-attention
       sparsek bench-attention --tokens 8192 --heads 9 --kv-heads 3 --head-dim 64 -k 64 --baseline sdpa -o json
       sparsek bench-attention --tokens 2048,4096 -k 32,64 --pure --inputs model
+      sparsek bench-attention --tokens 32768 --queries 1 --index -k 128
     """
     from ..bench import attention_call as library
     from ..bench.capture import model_inputs
@@ -153,6 +158,7 @@ def command(
                         config,
                         baseline=baseline,
                         backend=backend,
+                        index=index,
                         threads=count,
                         repetitions=repetitions,
                         advance=advance,
