@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 CPP := $(shell find cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo test test-sanitize lint format bench docs clean
+.PHONY: help setup demo test test-sanitize test-arm lint format bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,15 @@ test-sanitize: $(READY) ## C++ tests under the address, undefined-behaviour and 
 	$(BIN)/cmake --build build/tsan
 	$(BIN)/ctest --test-dir build/tsan --output-on-failure
 
+ARM_CXX := aarch64-linux-gnu-g++
+test-arm: $(READY) ## C++ tests for 64-bit Arm in an emulator; needs g++-aarch64-linux-gnu and qemu-user
+	@command -v $(ARM_CXX) >/dev/null && command -v qemu-aarch64 >/dev/null || \
+	  { echo "test-arm needs a cross compiler and an emulator. On Debian: apt install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
+	$(CMAKE) -S . -B build/arm -DSPARSEK_BUILD_TESTS=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=$(ARM_CXX) -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64
+	$(BIN)/cmake --build build/arm
+	$(BIN)/ctest --test-dir build/arm --output-on-failure
+
 lint: $(READY) ## format, style, types, layers, C++ warnings
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -56,14 +65,13 @@ bench: $(READY) ## measure the embedded model and record it in benchmarks/; want
 	$(BIN)/sparsek eval --context 4096 -k 64 --pure -o jsonl > build/quality.jsonl
 	$(BIN)/sparsek eval --context 4096 -k 32,64,128 -o jsonl >> build/quality.jsonl
 	$(BIN)/sparsek bench -p 2048,8192 -n 32 -d 4096 -k 0,64 -o jsonl > build/speed-transformers.jsonl
-	for inputs in random model; do for rule in --pure --tail=centroid; do \
-	  call="$(BIN)/sparsek bench-attention --inputs $$inputs $$rule -o jsonl"; \
-	  $$call --tokens 2048,8192 -k 64 && $$call --tokens 16384,32768 -k 128 -r 5 && \
-	  $$call --tokens 32768 --queries 1 --index -k 128 -r 31 || exit 1; \
-	done; done > build/attention.jsonl
 	for rule in --pure --tail=centroid; do \
-	  $(BIN)/sparsek bench-attention --heads 32 --kv-heads 8 --head-dim 128 -k 96 $$rule -r 5 -o jsonl || exit 1; \
-	done >> build/attention.jsonl
+	  call="$(BIN)/sparsek bench-attention -o jsonl $$rule"; \
+	  $$call --tokens 2048,8192 -k 64 && $$call --tokens 16384,32768 -k 128 -r 5 && \
+	  $$call --tokens 32768 --queries 1 --index -k 128 -r 31 && \
+	  $$call --heads 32 --kv-heads 8 --head-dim 128 -k 96 -r 5 && \
+	  $$call --inputs model --tokens 2048,8192 -k 64 && $$call --inputs model --tokens 16384 -k 128 -r 5 || exit 1; \
+	done > build/attention.jsonl
 	$(BIN)/sparsek bench-attention --pure -k 8192 -o jsonl >> build/attention.jsonl
 	for shape in "9 3 64" "16 16 64" "32 8 128"; do set -- $$shape; \
 	  $(BIN)/sparsek bench-attention --heads $$1 --kv-heads $$2 --head-dim $$3 --tokens 1024,2048,3072,4096,6144 \

@@ -75,12 +75,71 @@ def speed() -> str:
     first, machine = records[0], records[0]["environment"]
     return (
         f"{markdown_table(['test', 'K', 'tokens/s', 'ratio to dense'], rows)}\n\n"
-        f"{first['model']} in Transformers {machine['transformers_version']}, {first['n_threads']} threads, "
-        f"{machine['cpu']} ({machine['isa']}), PyTorch {machine['torch_version']}."
+        f"{first['model']} in Transformers {machine['transformers_version']}, {_machine(first)}."
     )
 
 
-PARTS: dict[str, Callable[[], str]] = {"quality": quality, "speed": speed}
+def attention() -> str:
+    """What the attention call gains: ratios, one row a shape."""
+    shapes: dict[tuple[Any, ...], dict[tuple[str, str], dict[str, Any]]] = {}
+    for r in _records("attention.jsonl"):
+        everything = r["top_k"] == r["tokens"]
+        shape = (r["heads"], r["kv_heads"], r["head_dim"], r["queries"], r["tokens"], everything, r["top_k"])
+        if everything and r["config"]["window"]:
+            shape = next(s for s in shapes if s[:5] == shape[:5])  # its default form is dense
+        inputs = "random" if r["inputs"] == "random" else "model"
+        shapes.setdefault(shape, {})[inputs, "default" if r["config"]["window"] else "plain"] = r
+    rows = []
+    for (heads, kv_heads, size, queries, tokens, everything, top_k), records in shapes.items():
+        first = records["random", "plain"]
+        rows.append(
+            [
+                f"{heads}/{kv_heads} heads of {size}, "
+                + (f"{tokens} tokens" if queries == tokens else f"1 query, {tokens} keys"),
+                "all" if everything else str(top_k),
+                f"{first['baseline_ms']:.{0 if first['baseline_ms'] > 100 else 2}f}",
+                *(
+                    _ratio(records.get((inputs, form)))
+                    for form in ("plain", "default")
+                    for inputs in ("random", "model")
+                ),
+            ]
+        )
+    titles = ["call", "K", "PyTorch, ms", "plain top-K", "on real text", "default form", "on real text"]
+    return f"{markdown_table(titles, rows)}\n\n{_machine(first)}. *dense*: below `min_context`."
+
+
+def break_even() -> str:
+    """Where Sparse-K overtakes our own dense kernel: ratios, one row a shape."""
+    shapes: dict[str, list[dict[str, Any]]] = {}
+    for r in _records("break-even.jsonl"):
+        shapes.setdefault(f"{r['heads']}/{r['kv_heads']} heads of {r['head_dim']}", []).append(r)
+    lengths = [f"{r['tokens']} tokens, K {r['top_k']}" for r in next(iter(shapes.values()))]
+    rows = [[shape, *(f"{r['ratio']:.2f}" for r in records)] for shape, records in shapes.items()]
+    return markdown_table(["call", *lengths], rows)
+
+
+def _ratio(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return "-"
+    dense = " dense" if record["top_k"] == record["tokens"] and record["config"]["window"] else ""
+    return f"{record['ratio']:.2f}{dense}"
+
+
+def _machine(record: dict[str, Any]) -> str:
+    machine = record["environment"]
+    return (
+        f"{record['n_threads']} threads, {machine['cpu']} ({machine['isa']}), "
+        f"PyTorch {machine['torch_version']}"
+    )
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "quality": quality,
+    "speed": speed,
+    "attention": attention,
+    "break_even": break_even,
+}
 
 
 def _test(record: dict[str, Any]) -> str:

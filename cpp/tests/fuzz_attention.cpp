@@ -185,8 +185,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     return 0;
 }
 #else
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr long kDefaultCount = 60;  // each takes ten times as long
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || !defined(__x86_64__)
+constexpr long kDefaultCount = 60;  // with sanitizers or in an emulator each takes ten times as long
 #else
 constexpr long kDefaultCount = 500;
 #endif

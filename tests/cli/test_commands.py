@@ -14,7 +14,7 @@ import pytest
 from sparsek import SparseKConfig
 from sparsek.bench.attention_call import AttentionRecord
 from sparsek.bench.model import BenchRecord
-from sparsek.cli import COMMANDS
+from sparsek.cli import COMMANDS, main
 from sparsek.evaluate.quality import EvalRecord
 
 from .conftest import Sparsek
@@ -148,10 +148,12 @@ def test_eval_of_keeping_everything_costs_nothing(sparsek: Sparsek) -> None:
 @pytest.mark.model
 def test_default_configuration_costs_little_and_pure_top_k_much(sparsek: Sparsek) -> None:
     """The quality that the project promises, on real text."""
-    (default,) = json.loads(sparsek("eval", "--context", "2048", "-k", "48", "-o", "json"))
+    call = ("eval", "--context", "2048", "-k", "48", "-o", "json")
+    (default,) = json.loads(sparsek(*call, "--min-context", "0"))
+    assert 0 < default["kept_mean"] < 120
     assert default["ppl_ratio"] < 1.02
     assert default["kl_mean"] < 0.012
-    (pure,) = json.loads(sparsek("eval", "--context", "2048", "-k", "48", "--pure", "-o", "json"))
+    (pure,) = json.loads(sparsek(*call, "--pure"))
     assert pure["ppl_ratio"] > 1.03
     assert pure["kl_mean"] > 4 * default["kl_mean"]
 
@@ -164,3 +166,19 @@ def test_config_file_and_options_on_top_of_it(sparsek: Sparsek, tmp_path: Path) 
     (record,) = json.loads(sparsek("eval", *options, "-k", "5", "-o", "json"))
     expected = SparseKConfig(top_k=5, sinks=1, window=9, min_context=0, dense_layers=())
     assert SparseKConfig.from_dict(record["config"]) == expected
+    (record,) = json.loads(sparsek("eval", *options, "-o", "json"))  # its K too, where -k is not given
+    assert SparseKConfig.from_dict(record["config"]) == expected
+
+
+def test_a_k_that_is_not_used_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench-attention", "--tokens", "64", "-k", "8", "-r", "1", "--baseline", "none"]) == 0
+    assert "note: at 64 tokens attention is dense, K = 8 or not: min_context is 4096" in capsys.readouterr().err
+    assert main(["bench-attention", "--tokens", "64", "-k", "8", "-r", "1", "--min-context", "0"]) == 0
+    assert "note" not in capsys.readouterr().err
+
+
+def test_index_makes_no_difference_to_the_result(sparsek: Sparsek) -> None:
+    call = ("bench-attention", "--tokens", "500", "--queries", "1", "-k", "20", "--min-context", "0", "-r", "1")
+    with_index, without = (json.loads(sparsek(*call, "-o", "json", *more))[0] for more in (["--index"], []))
+    assert (with_index["index"], without["index"]) == (True, False)
+    assert with_index["max_abs_err"] == without["max_abs_err"] < 1e-5

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsek.cli import main
 from sparsek.engines.model_file import embedded_model
@@ -49,6 +50,11 @@ from .conftest import Sparsek
         ),
         (["bench-attention", "-k", "0"], "give a K to measure"),
         (["info", "--context", "0"], "0 is not in the range"),
+        pytest.param(
+            ["bench-attention", "--device", "cuda", "--tokens", "8"],
+            "--device cuda: PyTorch finds no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -143,6 +143,15 @@ def test_packing_survives_a_cache() -> None:
     torch.testing.assert_close(with_cache, packed(model), rtol=1e-5, atol=1e-5)
 
 
+def test_a_gap_in_the_positions_is_no_new_sequence() -> None:
+    model = integration.enable(llama(), SPARSE)
+    positions = torch.arange(LENGTH)[None] + 30 * (torch.arange(LENGTH) >= 70)
+    seen = model(tokens(1, LENGTH), position_ids=positions, use_cache=True).logits[:, -1]
+    changed = tokens(1, LENGTH)
+    changed[:, :60] = tokens(1, 60, seed=9)
+    assert not torch.equal(model(changed, position_ids=positions, use_cache=True).logits[:, -1], seen)
+
+
 def test_a_padded_row_is_as_if_alone() -> None:
     """Without centroids, which are taken over fixed blocks of positions, padding changes nothing."""
     config = SparseKConfig.pure(8)
