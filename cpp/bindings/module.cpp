@@ -23,7 +23,7 @@ using namespace sparsek;
 namespace {
 
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
-using Output = nb::ndarray<nb::device::cpu, nb::c_contig>;
+using OutArray = nb::ndarray<nb::device::cpu, nb::c_contig>;
 
 DType dtype_of(const Array& x) {
     if (x.dtype() == nb::dtype<float>()) return DType::f32;
@@ -38,7 +38,7 @@ Tensor tensor_of(const Array& x) { return {x.data(), x.stride(0), x.stride(1), x
 Mask mask_of(const std::optional<Array>& x) {
     if (!x) return {};
     const auto stride = [&](size_t axis) { return x->shape(axis) == 1 ? 0 : x->stride(axis); };
-    return {static_cast<const uint8_t*>(x->data()), stride(0), stride(1), stride(2), stride(3)};
+    return {x->data(), Mask::Form::bytes, stride(0), stride(1), stride(2), stride(3)};
 }
 
 // q [B, H, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] or none, mask [1|B, 1|H, 1|Tq, 1|Tk] of bytes or
@@ -56,7 +56,7 @@ Problem problem_of(const Array& q, const Array& k, const std::optional<Array>& v
     p.num_keys = size(k, 2);
     p.head_size = size(q, 3);
     p.value_size = v ? size(*v, 3) : 0;
-    p.dtype = dtype_of(q);
+    p.dtype = p.query_dtype = dtype_of(q);
     p.q = tensor_of(q);
     p.k = tensor_of(k);
     if (v) p.v = tensor_of(*v);
@@ -68,6 +68,8 @@ Problem problem_of(const Array& q, const Array& k, const std::optional<Array>& v
     p.rule = {top_k, sinks, window, stride, centroid_tail};
     return p;
 }
+
+Output output_of(const OutArray& x) { return {x.data(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 // Lets Ctrl-C end a long call: Python's signals are looked at every few hundredths of a second.
 class Signals {
@@ -90,12 +92,12 @@ template <typename Call>
 void solve(int num_threads, Call call) {
     Signals signals;
     const Options options = {num_threads, active_isa(), Signals::pending, &signals};
-    bool done = false;
+    Status status = Status::done;
     {
         const nb::gil_scoped_release release;
-        done = call(options);
+        status = call(options);
     }
-    if (!done) throw nb::python_error();
+    if (status != Status::done) throw nb::python_error();  // a mask of bytes is never bad
 }
 
 // A KeyIndex that Python threads may share, made when the first keys come.
@@ -104,7 +106,7 @@ class SharedIndex {
     SharedIndex() = default;
     explicit SharedIndex(std::unique_ptr<KeyIndex> index) : index_(std::move(index)) {}
 
-    bool attend(const Problem& p, const Options& options, void* out) {
+    Status attend(const Problem& p, const Options& options, const Output& out) {
         const std::lock_guard lock(mutex_);
         if (!index_ || index_->isa() != options.isa || !index_->fits(p) || index_->length() > p.num_keys)
             index_ = std::make_unique<KeyIndex>(p, KeyIndex::Parts{}, options.isa);
@@ -174,14 +176,15 @@ NB_MODULE(_core, m) {
         .def_prop_ro("nbytes", &SharedIndex::bytes, no_gil);
     m.def(
         "attention",
-        [](const Array& q, const Array& k, const Array& v, const Output& out,
+        [](const Array& q, const Array& k, const Array& v, const OutArray& out,
            const std::optional<Array>& mask, bool is_causal, int64_t first_position, float scale,
            float softcap, int64_t top_k, int64_t sinks, int64_t window, int64_t stride, bool centroid_tail,
            int threads, SharedIndex* index) {
             const Problem p = problem_of(q, k, v, mask, is_causal, first_position, scale, softcap, top_k,
                                          sinks, window, stride, centroid_tail);
             solve(threads, [&](const Options& options) {
-                return index ? index->attend(p, options, out.data()) : attention(p, options, out.data());
+                return index ? index->attend(p, options, output_of(out))
+                             : attention(p, options, output_of(out));
             });
         },
         "q"_a, "k"_a, "v"_a, "out"_a, "mask"_a.none(), "is_causal"_a, "first_position"_a, "scale"_a,
@@ -189,7 +192,7 @@ NB_MODULE(_core, m) {
         "index"_a.none());
     m.def(
         "select",
-        [](const Array& q, const Array& k, const Output& indices, const Output& counts,
+        [](const Array& q, const Array& k, const OutArray& indices, const OutArray& counts,
            const std::optional<Array>& mask, bool is_causal, int64_t first_position, float scale,
            int64_t top_k, int64_t sinks, int64_t window, int64_t stride, int threads) {
             const Problem p = problem_of(q, k, std::nullopt, mask, is_causal, first_position, scale, 0.0f,

@@ -2,6 +2,7 @@
 
 #include "sparsek/attention.h"
 
+#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -57,7 +58,7 @@ double products(const Problem& p) {
            static_cast<double>(p.head_size);
 }
 
-bool dense(const Problem& p, const Options& options, void* out) {
+bool dense(const Problem& p, const Options& options, const Output& out) {
     const Kernel& kernel = kernel_for(options.isa);
     const Tiles tiles(p, kDenseTileRows);
     const Options limited = for_work(options, products(p));
@@ -68,7 +69,7 @@ bool dense(const Problem& p, const Options& options, void* out) {
 
 // Few tiles, as in generation: the scan is shared by pieces of the keys, what follows by rows.
 bool sparse_in_pieces(const Problem& p, const Options& options, const KeyIndex& index, const Tiles& tiles,
-                      void* out, const SelectionOut* selection) {
+                      const Output& out, const SelectionOut* selection) {
     constexpr int64_t kBlocksPerPiece = 64;
     const Kernel& kernel = kernel_for(index.isa());
     const int64_t blocks = blocks_of(p.num_keys), row_scores = blocks * kBlock;
@@ -93,7 +94,7 @@ bool sparse_in_pieces(const Problem& p, const Options& options, const KeyIndex& 
            });
 }
 
-bool sparse(const Problem& p, const Options& options, KeyIndex* given, void* out,
+bool sparse(const Problem& p, const Options& options, KeyIndex* given, const Output& out,
             const SelectionOut* selection) {
     // Quantising the keys pays from some rows on; fewer are scored exactly.
     constexpr int64_t kFewRows = 32;
@@ -117,20 +118,58 @@ bool sparse(const Problem& p, const Options& options, KeyIndex* given, void* out
     });
 }
 
-}  // namespace
-
-bool attention(const Problem& p, const Options& options, void* out, KeyIndex* index) {
-    if (p.batch == 0 || p.heads == 0 || p.num_queries == 0) return true;
-    if (p.rule.top_k >= p.num_keys) return dense(p, options, out);
-    return sparse(p, options, index, out, nullptr);
+// The mask in bits, made once for all heads that share it: [batch, heads, queries, blocks], each 1 where it
+// is the same for all.
+Status with_mask_in_bits(const Problem& given, const Options& options, Buffer<uint64_t>* memory, Problem* p) {
+    *p = given;
+    const Mask& m = given.mask;
+    if (m.data == nullptr || m.form == Mask::Form::bits) return Status::done;
+    const Kernel& kernel = kernel_for(options.isa);
+    const int64_t blocks = blocks_of(given.num_keys);
+    const int64_t batch = m.batch_stride ? given.batch : 1, heads = m.head_stride ? given.heads : 1;
+    const int64_t queries = m.query_stride ? given.num_queries : 1, rows = batch * heads * queries;
+    *memory = allocate<uint64_t>(rows * blocks);
+    std::atomic<bool> good{true};
+    constexpr int64_t kRowsPerTask = 16;
+    const Options limited = for_work(options, static_cast<double>(rows * given.num_keys));
+    const bool finished = run(limited, (rows + kRowsPerTask - 1) / kRowsPerTask, [&](int, int64_t task) {
+        for (int64_t r = task * kRowsPerTask; r < rows && r < (task + 1) * kRowsPerTask; ++r) {
+            const int64_t b = r / (heads * queries), h = r / queries % heads;
+            if (!kernel.pack_mask(given, b, h, r % queries, memory->get() + r * blocks)) good = false;
+        }
+    });
+    p->mask = Mask{memory->get(),
+                   Mask::Form::bits,
+                   batch > 1 ? heads * queries * blocks : 0,
+                   heads > 1 ? queries * blocks : 0,
+                   queries > 1 ? blocks : 0,
+                   0};
+    return !finished ? Status::interrupted : good ? Status::done : Status::bad_mask;
 }
 
-bool select(const Problem& p, const Options& options, int64_t width, int32_t* indices, int32_t* counts) {
-    if (p.batch == 0 || p.heads == 0 || p.num_queries == 0) return true;
+Status solve(const Problem& given, const Options& options, const Output& out, KeyIndex* index,
+             const SelectionOut* selection) {
+    if (given.batch == 0 || given.heads == 0 || given.num_queries == 0) return Status::done;
+    Buffer<uint64_t> memory;
+    Problem p;
+    const Status status = with_mask_in_bits(given, options, &memory, &p);
+    if (status != Status::done) return status;
+    const bool all = p.rule.top_k >= p.num_keys && selection == nullptr;
+    const bool done = all ? dense(p, options, out) : sparse(p, options, index, out, selection);
+    return done ? Status::done : Status::interrupted;
+}
+
+}  // namespace
+
+Status attention(const Problem& p, const Options& options, const Output& out, KeyIndex* index) {
+    return solve(p, options, out, index, nullptr);
+}
+
+Status select(const Problem& p, const Options& options, int64_t width, int32_t* indices, int32_t* counts) {
     const SelectionOut selection = {width, indices, counts};
     Problem without_values = p;
     without_values.rule.centroid_tail = false;
-    return sparse(without_values, options, nullptr, nullptr, &selection);
+    return solve(without_values, options, {}, nullptr, &selection);
 }
 
 }  // namespace sparsek

@@ -51,7 +51,7 @@ struct Case {
         p.num_keys = 1 + bytes.up_to(bytes.up_to(1) ? 700 : 70);
         p.head_size = 1 + bytes.up_to(140);
         p.value_size = 1 + bytes.up_to(140);
-        p.dtype = static_cast<DType>(bytes.up_to(2));
+        p.dtype = p.query_dtype = static_cast<DType>(bytes.up_to(2));
         p.is_causal = bytes.up_to(1) != 0;
         p.first_position = p.num_keys - p.num_queries;
         p.scale = bytes.up_to(3) ? 0.125f : 0.0f;
@@ -87,7 +87,7 @@ struct Case {
             mask.resize(static_cast<size_t>(p.num_queries * p.num_keys));
             const auto chance = static_cast<uint32_t>(bytes.up_to(10));
             for (uint8_t& m : mask) m = random() % 10 < chance;
-            p.mask = {mask.data(), 0, 0, p.num_keys, 1};
+            p.mask = {mask.data(), Mask::Form::bytes, 0, 0, p.num_keys, 1};
             if (mask.empty()) p.mask.data = nullptr;
         }
         width = p.num_keys;
@@ -119,8 +119,10 @@ Result solve(const Case& c, Isa isa, int threads, KeyIndex* index) {
     r.indices.assign(rows * static_cast<size_t>(c.width), -2);
     r.counts.assign(rows, -2);
     const Options options = {threads, isa};
-    CHECK(attention(p, options, r.out.data(), index));
-    CHECK(select(p, options, c.width, r.indices.data(), r.counts.data()));
+    const Output out = {r.out.data(), p.heads * p.num_queries * p.value_size, p.num_queries * p.value_size,
+                        p.value_size};
+    CHECK(attention(p, options, out, index) == Status::done);
+    CHECK(select(p, options, c.width, r.indices.data(), r.counts.data()) == Status::done);
     return r;
 }
 
@@ -192,7 +194,8 @@ constexpr long kDefaultCount = 500;
 #endif
 
 int main(int argc, char** argv) {
-    const long count = argc > 1 ? std::atol(argv[1]) : kDefaultCount, first = argc > 2 ? std::atol(argv[2]) : 0;
+    const long count = argc > 1 ? std::atol(argv[1]) : kDefaultCount,
+               first = argc > 2 ? std::atol(argv[2]) : 0;
     for (long seed = first; seed < first + count; ++seed) {
         std::mt19937 random(static_cast<uint32_t>(seed));
         std::vector<uint8_t> bytes(64);

@@ -1,7 +1,9 @@
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -40,9 +42,13 @@ struct Inputs {
     }
 };
 
+Output output_of(const Problem& p, float* out) {
+    return {out, p.heads * p.num_queries * p.value_size, p.num_queries * p.value_size, p.value_size};
+}
+
 std::vector<float> solve(const Problem& p, const Options& options, KeyIndex* index = nullptr) {
     std::vector<float> out(static_cast<size_t>(p.heads * p.num_queries * p.value_size));
-    CHECK(attention(p, options, out.data(), index));
+    CHECK(attention(p, options, output_of(p, out.data()), index) == Status::done);
     return out;
 }
 
@@ -93,7 +99,7 @@ void callers_on_several_threads_do_not_meet() {
                 KeyIndex index(in.p, {}, isa);
                 for (int i = 0; i < 5; ++i) {
                     std::vector<float> out(expected.size());
-                    attention(in.p, {3, isa}, out.data(), i % 2 ? &index : nullptr);
+                    attention(in.p, {3, isa}, output_of(in.p, out.data()), i % 2 ? &index : nullptr);
                     if (out != expected) ++wrong;
                 }
             });
@@ -111,7 +117,7 @@ void interrupted_calls_end_early_and_leave_the_index_usable() {
     const Options options = {1, Isa::portable, at_once, &asked};
     std::vector<float> out(expected.size());
     KeyIndex index(in.p, {}, Isa::portable);
-    CHECK(!attention(in.p, options, out.data(), &index));
+    CHECK(attention(in.p, options, output_of(in.p, out.data()), &index) == Status::interrupted);
     CHECK(asked == 2);
     CHECK(solve(in.p, {1, Isa::portable}, &index) == expected);
 }
@@ -123,7 +129,7 @@ void reordered_index_follows_its_batch() {
     for (Tensor* x : {&in.p.q, &in.p.k, &in.p.v}) x->batch_stride = kKeys * kSize;
     KeyIndex index(in.p, {}, Isa::portable);
     std::vector<float> out(kHeads * kQueries * kSize);
-    CHECK(attention(in.p, {1, Isa::portable}, out.data(), &index));
+    CHECK(attention(in.p, {1, Isa::portable}, output_of(in.p, out.data()), &index) == Status::done);
     const int64_t second_twice[] = {1, 1, 1};
     index.reorder(second_twice, 3);
     CHECK(index.batch() == 3 && index.length() == kKeys);
@@ -133,9 +139,48 @@ void reordered_index_follows_its_batch() {
         x->batch_stride = 0;
     }
     std::vector<float> thrice(3 * kQueries * kSize);
-    CHECK(attention(in.p, {1, Isa::portable}, thrice.data(), &index));
+    CHECK(attention(in.p, {1, Isa::portable}, output_of(in.p, thrice.data()), &index) == Status::done);
     for (size_t i = 0; i < thrice.size(); ++i)
         CHECK(thrice[i] == out[kQueries * kSize + i % (kQueries * kSize)]);
+}
+
+// As llama.cpp has it: keys and values in half precision, queries and output in single, the output token by
+// token, and an additive mask of halves.
+void mixed_formats_and_a_mask_of_halves() {
+    Inputs in(20);
+    std::vector<uint16_t> half[2], mask(kQueries * kKeys);
+    for (const auto& [to, from] : {std::pair{&half[0], &in.k}, std::pair{&half[1], &in.v}}) {
+        for (float& x : *from) {
+            x = std::nearbyint(x * 8) / 8;  // whole eighths: the upper half of their bits is all of them
+            uint32_t bits;
+            std::memcpy(&bits, &x, sizeof bits);
+            to->push_back(static_cast<uint16_t>(bits >> 16));
+        }
+    }
+    for (size_t i = 0; i < mask.size(); ++i) mask[i] = i % 7 == 0 ? 0xfc00 : 0;
+    std::vector<uint8_t> allowed(mask.size());
+    for (size_t i = 0; i < mask.size(); ++i) allowed[i] = mask[i] == 0;
+    for (const Isa isa : available_isas(detect())) {
+        Problem p = in.p;
+        p.mask = {allowed.data(), Mask::Form::bytes, 0, 0, kKeys, 1};
+        const auto expected = solve(p, {1, isa});
+        p.mask = {mask.data(), Mask::Form::halves, 0, 0, kKeys, 1};
+        p.dtype = DType::bf16;
+        p.k.data = half[0].data();
+        p.v.data = half[1].data();
+        std::vector<float> out(expected.size());
+        CHECK(attention(p, {2, isa}, {out.data(), 0, kSize, kHeads * kSize}) == Status::done);
+        for (int64_t h = 0; h < kHeads; ++h) {
+            for (int64_t i = 0; i < kQueries * kSize; ++i) {
+                const int64_t token = i / kSize, d = i % kSize;
+                CHECK(std::fabs(out[static_cast<size_t>((token * kHeads + h) * kSize + d)] -
+                                expected[static_cast<size_t>(h * kQueries * kSize + i)]) < 1e-6f);
+            }
+        }
+        mask[5] = 0x3c00;  // 1: it would have to be added to the score
+        CHECK(attention(p, {2, isa}, {out.data(), 0, kSize, kHeads * kSize}) == Status::bad_mask);
+        mask[5] = 0;
+    }
 }
 
 }  // namespace
@@ -145,5 +190,6 @@ int main() {
     callers_on_several_threads_do_not_meet();
     interrupted_calls_end_early_and_leave_the_index_usable();
     reordered_index_follows_its_batch();
+    mixed_formats_and_a_mask_of_halves();
     return failures;
 }

@@ -21,10 +21,24 @@ struct Tensor {
     int64_t token_stride = 0;
 };
 
-// [batch, heads, queries, keys] of one byte each, nonzero where the key is allowed; a stride may be 0.
-// Without data every key is allowed.
+// [batch, heads, tokens, size], as a Tensor.
+struct Output {
+    void* data = nullptr;
+    int64_t batch_stride = 0;
+    int64_t head_stride = 0;
+    int64_t token_stride = 0;
+};
+
+// [batch, heads, queries, keys]; strides in elements, 0 where it is the same for all. Without data every key
+// is allowed.
 struct Mask {
-    const uint8_t* data = nullptr;
+    enum class Form {
+        bytes,   // nonzero where the key is allowed
+        halves,  // half precision: 0 where the key is allowed, -inf where it is not
+        bits,    // 64 keys a word, 1 where the key is allowed; key_stride is not used
+    };
+    const void* data = nullptr;
+    Form form = Form::bytes;
     int64_t batch_stride = 0;
     int64_t head_stride = 0;
     int64_t query_stride = 0;
@@ -48,7 +62,8 @@ struct Problem {
     int64_t num_keys = 0;
     int64_t head_size = 0;
     int64_t value_size = 0;
-    DType dtype = DType::f32;  // of q, k, v and the output
+    DType dtype = DType::f32;        // of k and v
+    DType query_dtype = DType::f32;  // of q and the output
     Tensor q, k, v;
     Mask mask;
     bool is_causal = false;
@@ -68,13 +83,20 @@ struct Options {
 
 class KeyIndex;
 
-// out: [batch, heads, num_queries, value_size] in the problem's dtype, contiguous.
+enum class Status {
+    done,
+    interrupted,
+    bad_mask,  // a half that is neither 0 nor -inf; nothing was computed
+};
+
 // index: of the problem's k and v, extended by those it does not hold yet; without one the call makes its
-// own. Returns false when it was interrupted. Throws std::bad_alloc.
-bool attention(const Problem& problem, const Options& options, void* out, KeyIndex* index = nullptr);
+// own. Throws std::bad_alloc.
+Status attention(const Problem& problem, const Options& options, const Output& out,
+                 KeyIndex* index = nullptr);
 
 // indices: int32 [batch, heads, num_queries, width], rising and padded with -1; counts: int32 [batch, heads,
 // num_queries]. `width` must hold the longest row. Returns and throws as attention does.
-bool select(const Problem& problem, const Options& options, int64_t width, int32_t* indices, int32_t* counts);
+Status select(const Problem& problem, const Options& options, int64_t width, int32_t* indices,
+              int32_t* counts);
 
 }  // namespace sparsek

@@ -117,7 +117,7 @@ inline float soften(float* scores, uint64_t allowed, float softcap, float* peak,
 }
 
 template <typename T>
-void dense_tile(const Problem& p, const Tile& tile, std::byte* workspace, void* out) {
+void dense_tile(const Problem& p, const Tile& tile, std::byte* workspace, const Output& out) {
     Arena arena(workspace);
     const DenseWork w(p, arena);
     const int64_t group = p.heads / p.kv_heads;
@@ -134,8 +134,9 @@ void dense_tile(const Problem& p, const Tile& tile, std::byte* workspace, void* 
         row.query = number / group;
         row.head = tile.kv_head * group + number % group;
         row.position = p.first_position + row.query;
-        const T* q = head_of<T>(p.q, tile.batch, row.head) + row.query * p.q.token_stride;
-        for (int64_t d = 0; d < p.head_size; ++d) w.queries[r * p.head_size + d] = to_float(q[d]) * p.scale;
+        float* query = w.queries + r * p.head_size;
+        load_query(p, tile.batch, row, query);
+        for (int64_t d = 0; d < p.head_size; ++d) query[d] *= p.scale;
         w.peak[r] = -INFINITY;
         w.total[r] = 0.0f;
         uint64_t* allowed = w.allowed + r * w.blocks;
@@ -169,9 +170,7 @@ void dense_tile(const Problem& p, const Tile& tile, std::byte* workspace, void* 
     }
     for (int64_t r = 0; r < tile.num_rows; ++r) {
         const float inverse = w.total[r] == 0.0f ? 0.0f : 1.0f / w.total[r];
-        T* result = static_cast<T*>(out) +
-                    ((tile.batch * p.heads + rows[r].head) * p.num_queries + rows[r].query) * p.value_size;
-        for (int64_t d = 0; d < p.value_size; ++d) from_float(w.out[r * w.values + d] * inverse, result + d);
+        store_row(p, tile.batch, rows[r], w.out + r * w.values, inverse, out);
     }
 }
 

@@ -67,13 +67,13 @@ void scan_any(const Problem& p, const HeadIndex& index, const Tile& tile, int64_
 }
 
 void sparse_any(const Problem& p, const HeadIndex& index, const Tile& tile, std::byte* workspace,
-                int16_t* scores, void* out, const SelectionOut* selection) {
+                int16_t* scores, const Output& out, const SelectionOut* selection) {
     with_type(p.dtype, [&](auto* type) {
         sparse_tile<std::remove_pointer_t<decltype(type)>>(p, index, tile, workspace, scores, out, selection);
     });
 }
 
-void dense_any(const Problem& p, const Tile& tile, std::byte* workspace, void* out) {
+void dense_any(const Problem& p, const Tile& tile, std::byte* workspace, const Output& out) {
     with_type(p.dtype, [&](auto* type) {
         dense_tile<std::remove_pointer_t<decltype(type)>>(p, tile, workspace, out);
     });
@@ -82,7 +82,8 @@ void dense_any(const Problem& p, const Tile& tile, std::byte* workspace, void* o
 }  // namespace
 
 const Kernel& kernel() {
-    static constexpr Kernel table = {workspace_size, fit_any, fill_any, scan_any, sparse_any, dense_any};
+    static constexpr Kernel table = {workspace_size, fit_any,   fill_any, scan_any,
+                                     sparse_any,     dense_any, pack_mask};
     return table;
 }
 

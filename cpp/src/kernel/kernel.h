@@ -63,8 +63,10 @@ struct Kernel {
     // One tile of rows: attention into `out`, or, where `selection` is given, only what the rows keep.
     // `scores`: those of scan_tile from the tile's first row on, or null.
     void (*sparse_tile)(const Problem&, const HeadIndex&, const Tile&, std::byte* workspace, int16_t* scores,
-                        void* out, const SelectionOut* selection);
-    void (*dense_tile)(const Problem&, const Tile&, std::byte* workspace, void* out);
+                        const Output& out, const SelectionOut* selection);
+    void (*dense_tile)(const Problem&, const Tile&, std::byte* workspace, const Output& out);
+    // One row of the problem's mask as bits, [blocks]; false for a half that is neither 0 nor -inf.
+    bool (*pack_mask)(const Problem&, int64_t batch, int64_t head, int64_t query, uint64_t* bits);
 };
 
 namespace portable {

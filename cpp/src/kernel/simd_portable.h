@@ -132,6 +132,12 @@ inline int64_t compress16(T* out, const T* x, uint32_t bits) {
 inline void keep64(int16_t* x, uint64_t bits, int16_t value) {
     for (int i = 0; i < 64; ++i) x[i] = bits >> i & 1 ? x[i] : value;
 }
+// Bit i says whether x[i] == value.
+inline uint64_t equal64(const uint16_t* x, uint16_t value) {
+    uint64_t bits = 0;
+    for (int i = 0; i < 64; ++i) bits |= static_cast<uint64_t>(x[i] == value) << i;
+    return bits;
+}
 // Bit i says whether byte i is nonzero.
 inline uint64_t nonzero64(const uint8_t* x) {
     uint64_t bits = 0;

@@ -12,6 +12,7 @@
 namespace sparsek {
 namespace SPARSEK_KERNEL {
 
+inline constexpr uint16_t kMinusInfinity = 0xfc00;  // in half precision
 inline constexpr int16_t kForbidden = -32768;
 inline constexpr int16_t kLowest = -32767;  // of a score
 inline constexpr float kScoreRange = 32000.0f;
@@ -88,26 +89,71 @@ struct Row {
 inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// See Kernel::pack_mask.
+inline bool pack_mask(const Problem& p, int64_t batch, int64_t head, int64_t query, uint64_t* bits) {
+    const Mask& m = p.mask;
+    const int64_t at = batch * m.batch_stride + head * m.head_stride + query * m.query_stride;
+    bool good = true;
+    for (int64_t b = 0; b < blocks_of(p.num_keys); ++b) {
+        const int64_t first = b * kBlock, count = minimum(kBlock, p.num_keys - first);
+        const bool whole = m.key_stride == 1 && count == kBlock;
+        bits[b] = 0;
+        if (m.form == Mask::Form::bytes) {
+            const uint8_t* x = static_cast<const uint8_t*>(m.data) + at + first * m.key_stride;
+            if (whole) bits[b] = nonzero64(x);
+            for (int64_t j = 0; !whole && j < count; ++j)
+                bits[b] |= static_cast<uint64_t>(x[j * m.key_stride] != 0) << j;
+        } else {
+            const uint16_t* x = static_cast<const uint16_t*>(m.data) + at + first * m.key_stride;
+            uint64_t forbidden = 0;
+            if (whole) {
+                bits[b] = equal64(x, 0);
+                forbidden = equal64(x, kMinusInfinity);
+            }
+            for (int64_t j = 0; !whole && j < count; ++j) {
+                bits[b] |= static_cast<uint64_t>(x[j * m.key_stride] == 0) << j;
+                forbidden |= static_cast<uint64_t>(x[j * m.key_stride] == kMinusInfinity) << j;
+            }
+            good &= (bits[b] | forbidden) == first_bits(count);
+        }
+    }
+    return good;
+}
+
 // Bits of the keys that a row may see.
 inline void allowed_bits(const Problem& p, int64_t batch, const Row& row, int64_t blocks, uint64_t* bits) {
     const int64_t seen = p.is_causal ? minimum(p.num_keys, maximum(0, row.position + 1)) : p.num_keys;
     for (int64_t b = 0; b < blocks; ++b) bits[b] = first_bits(maximum(0, minimum(kBlock, seen - b * kBlock)));
-    if (p.mask.data == nullptr) return;
     const Mask& m = p.mask;
-    const uint8_t* bytes =
-        m.data + batch * m.batch_stride + row.head * m.head_stride + row.query * m.query_stride;
-    for (int64_t b = 0; b < blocks && b * kBlock < seen; ++b) {
-        const int64_t count = minimum(kBlock, p.num_keys - b * kBlock);
-        uint64_t word = 0;
-        if (m.key_stride == 1 && count == kBlock) {
-            word = nonzero64(bytes + b * kBlock);
-        } else {
-            for (int64_t j = 0; j < count; ++j) {
-                word |= static_cast<uint64_t>(bytes[(b * kBlock + j) * m.key_stride] != 0) << j;
-            }
-        }
-        bits[b] &= word;
-    }
+    if (m.data == nullptr) return;
+    const uint64_t* words = static_cast<const uint64_t*>(m.data) + batch * m.batch_stride +
+                            row.head * m.head_stride + row.query * m.query_stride;
+    for (int64_t b = 0; b < blocks; ++b) bits[b] &= words[b];
+}
+
+// One row of q in float.
+inline void load_query(const Problem& p, int64_t batch, const Row& row, float* query) {
+    const int64_t at = batch * p.q.batch_stride + row.head * p.q.head_stride + row.query * p.q.token_stride;
+    const auto load_as = [&](const auto* type) {
+        const auto* q = static_cast<decltype(type)>(p.q.data) + at;
+        for (int64_t d = 0; d < p.head_size; ++d) query[d] = to_float(q[d]);
+    };
+    if (p.query_dtype == DType::f32) load_as(static_cast<const float*>(nullptr));
+    if (p.query_dtype == DType::f16) load_as(static_cast<const Half*>(nullptr));
+    if (p.query_dtype == DType::bf16) load_as(static_cast<const BFloat*>(nullptr));
+}
+
+// One row of the output: `values` times `factor`.
+inline void store_row(const Problem& p, int64_t batch, const Row& row, const float* values, float factor,
+                      const Output& out) {
+    const int64_t at = batch * out.batch_stride + row.head * out.head_stride + row.query * out.token_stride;
+    const auto store_as = [&](auto* type) {
+        auto* to = static_cast<decltype(type)>(out.data) + at;
+        for (int64_t d = 0; d < p.value_size; ++d) from_float(values[d] * factor, to + d);
+    };
+    if (p.query_dtype == DType::f32) store_as(static_cast<float*>(nullptr));
+    if (p.query_dtype == DType::f16) store_as(static_cast<Half*>(nullptr));
+    if (p.query_dtype == DType::bf16) store_as(static_cast<BFloat*>(nullptr));
 }
 
 // Blocks [first, end) and [again, last) are those that may have a key which is kept whatever its score.
@@ -403,8 +449,7 @@ inline float largest_of(const float* x, int64_t count, float start) {
 // Softmax over the `count` kept keys and the tail, into the row of the output.
 template <typename T>
 inline void attend_row(const Problem& p, const HeadIndex& index, const T* values, const Row& row,
-                       int64_t count, int64_t blocks, int64_t batch, const SparseWork& w, T* out) {
-    T* result = out + ((batch * p.heads + row.head) * p.num_queries + row.query) * p.value_size;
+                       int64_t count, int64_t blocks, int64_t batch, const SparseWork& w, const Output& out) {
     if (p.softcap > 0.0f) {
         for (int64_t i = 0; i < count; i += 16) store(w.weights + i, capped(load(w.weights + i), p.softcap));
     }
@@ -417,7 +462,7 @@ inline void attend_row(const Problem& p, const HeadIndex& index, const T* values
     add_weighted<float>(
         w.tail, blocks, [&](int64_t b) { return index.value_mean + b * p.value_size; }, p.value_size, w.out);
     const float inverse = count + blocks == 0 ? 0.0f : 1.0f / total;
-    for (int64_t d = 0; d < p.value_size; ++d) from_float(w.out[d] * inverse, result + d);
+    store_row(p, batch, row, w.out, inverse, out);
 }
 
 inline void write_selection(const Problem& p, const Row& row, int64_t batch, int64_t count, int64_t first,
@@ -447,8 +492,7 @@ inline void prepare_rows(const Problem& p, const HeadIndex& index, const Tile& t
         rows[r].head = tile.kv_head * group + number % group;
         rows[r].position = p.first_position + rows[r].query;
         float* query = w.queries + r * w.query_floats;
-        const T* q = head_of<T>(p.q, tile.batch, rows[r].head) + rows[r].query * p.q.token_stride;
-        for (int64_t d = 0; d < p.head_size; ++d) query[d] = to_float(q[d]);
+        load_query(p, tile.batch, rows[r], query);
         if (index.packed == nullptr) continue;
         quantise_query(p, index, largest_norm, query, rows + r, w.quantised + r * w.query_bytes,
                        w.query_bytes);
@@ -489,7 +533,7 @@ void scan_tile(const Problem& p, const HeadIndex& index, const Tile& tile, int64
 
 template <typename T>
 void sparse_tile(const Problem& p, const HeadIndex& index, const Tile& tile, std::byte* workspace,
-                 int16_t* scores, void* out, const SelectionOut* selection) {
+                 int16_t* scores, const Output& out, const SelectionOut* selection) {
     Arena arena(workspace);
     const SparseWork w(p, arena);
     const T* keys = head_of<T>(p.k, tile.batch, tile.kv_head);
@@ -537,7 +581,7 @@ void sparse_tile(const Problem& p, const HeadIndex& index, const Tile& tile, std
         count += list_bits(spans.again, last, always, w.index + count);
         if (count > chosen) score_keys(p, keys, query, w.index, chosen / 16 * 16, count, w.weights);
         const int64_t blocks = p.rule.centroid_tail ? tail_logits<T>(p, index, query, allowed, count, w) : 0;
-        attend_row(p, index, values, rows[r], count, blocks, tile.batch, w, static_cast<T*>(out));
+        attend_row(p, index, values, rows[r], count, blocks, tile.batch, w, out);
     }
 }
 
