@@ -108,7 +108,12 @@ PROBLEM: list[Row] = [
     (call(softcap=1e300), ValueError, "softcap = 1e+300", "must be a positive number"),
     (call(index="yes"), TypeError, "index = 'yes'", "must be a sparsek.KeyIndex"),
     (call(q=np.ma.ones((1, 4, 3, 8))), TypeError, "q is a MaskedArray", "must be a torch tensor or a numpy"),
-    (call(q=np.ones((1, 4, 3, 8), ">f4")), TypeError, "q has dtype >f4", "must be in this machine's byte order"),
+    (
+        call(q=np.ones((1, 4, 3, 8), ">f4")),
+        TypeError,
+        "q has dtype >f4",
+        "must be in this machine's byte order",
+    ),
     (call(v=None), TypeError, "v is a NoneType", "must be a torch tensor or a numpy array"),
     (call(k=np.zeros((1, 2, 5, 8))), TypeError, "q is a Tensor and k a ndarray", "must be of one kind"),
     (call(q=zeros(1, 4, 3, 8, dtype=torch.int32)), TypeError, "q has dtype torch.int32", DTYPES),

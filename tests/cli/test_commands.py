@@ -172,13 +172,27 @@ def test_config_file_and_options_on_top_of_it(sparsek: Sparsek, tmp_path: Path) 
 
 def test_a_k_that_is_not_used_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench-attention", "--tokens", "64", "-k", "8", "-r", "1", "--baseline", "none"]) == 0
-    assert "note: at 64 tokens attention is dense, K = 8 or not: min_context is 4096" in capsys.readouterr().err
+    assert (
+        "note: at 64 tokens attention is dense, K = 8 or not: min_context is 4096" in capsys.readouterr().err
+    )
     assert main(["bench-attention", "--tokens", "64", "-k", "8", "-r", "1", "--min-context", "0"]) == 0
     assert "note" not in capsys.readouterr().err
 
 
 def test_index_makes_no_difference_to_the_result(sparsek: Sparsek) -> None:
-    call = ("bench-attention", "--tokens", "500", "--queries", "1", "-k", "20", "--min-context", "0", "-r", "1")
+    call = (
+        "bench-attention",
+        "--tokens",
+        "500",
+        "--queries",
+        "1",
+        "-k",
+        "20",
+        "--min-context",
+        "0",
+        "-r",
+        "1",
+    )
     with_index, without = (json.loads(sparsek(*call, "-o", "json", *more))[0] for more in (["--index"], []))
     assert (with_index["index"], without["index"]) == (True, False)
     assert with_index["max_abs_err"] == without["max_abs_err"] < 1e-5
