@@ -41,9 +41,10 @@ class Tiles {
           per_head_((rows_ + height_ - 1) / height_) {}
 
     int64_t count() const { return heads_ * per_head_; }
-    // The last rows first: under the causal rule they take longest.
+    // Head after head: the keys and values of one fit into a cache, those of all may not. The last rows
+    // first: under the causal rule they take longest.
     Tile operator[](int64_t i) const {
-        const int64_t head = i % heads_, first = (per_head_ - 1 - i / heads_) * height_;
+        const int64_t head = i / per_head_, first = (per_head_ - 1 - i % per_head_) * height_;
         const int64_t rows = rows_ - first < height_ ? rows_ - first : height_;
         return {head / kv_heads_, head % kv_heads_, first, rows};
     }

@@ -166,34 +166,52 @@ inline constexpr int kDenseRows = 6, kDenseVectors = 4;
 // Where key j of a block stands, so that packing to 16 bits puts the scores in order.
 inline constexpr int slot_of(int j) { return (j / 32 * 2 + (j % 8 >= 4)) * 16 + j % 32 / 8 * 4 + j % 4; }
 
+// sum += products of bytes, unsigned by signed, four to a lane. In assembly: of the intrinsic GCC 12 keeps a
+// copy of every sum in memory.
+inline void add_products(__m512i& sum, __m512i keys, __m512i query) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(keys), "v"(query));
+}
+
 // scores[row * stride + j] = (sum_d key_jd * query_rowd) >> shift[row], with the offset of the keys, which is
-// in `start`, taken off.
+// in `start`, taken off. The sums are named, one by one, for the same reason.
 inline void scan_block(const uint8_t* keys, const int8_t* queries, int64_t query_stride, const int32_t* start,
                        const int32_t* shift, int64_t channel_groups, int16_t* scores, int64_t stride) {
-    __m512i acc[kScanRows][4];
-    for (int r = 0; r < kScanRows; ++r) {
-        for (int c = 0; c < 4; ++c) acc[r][c] = _mm512_set1_epi32(start[r]);
-    }
-    for (int64_t d = 0; d < channel_groups; ++d, keys += 256) {
+    static_assert(kScanRows == 6);
+    __m512i a0 = _mm512_set1_epi32(start[0]), b0 = a0, c0 = a0, d0 = a0;
+    __m512i a1 = _mm512_set1_epi32(start[1]), b1 = a1, c1 = a1, d1 = a1;
+    __m512i a2 = _mm512_set1_epi32(start[2]), b2 = a2, c2 = a2, d2 = a2;
+    __m512i a3 = _mm512_set1_epi32(start[3]), b3 = a3, c3 = a3, d3 = a3;
+    __m512i a4 = _mm512_set1_epi32(start[4]), b4 = a4, c4 = a4, d4 = a4;
+    __m512i a5 = _mm512_set1_epi32(start[5]), b5 = a5, c5 = a5, d5 = a5;
+    for (int64_t g = 0; g < channel_groups; ++g, keys += 256, queries += 4) {
         const __m512i k0 = _mm512_loadu_si512(keys), k1 = _mm512_loadu_si512(keys + 64);
         const __m512i k2 = _mm512_loadu_si512(keys + 128), k3 = _mm512_loadu_si512(keys + 192);
-#pragma GCC unroll 8
-        for (int r = 0; r < kScanRows; ++r) {
-            const __m512i q = _mm512_set1_epi32(load_int32(queries + r * query_stride + 4 * d));
-            acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], k0, q);
-            acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], k1, q);
-            acc[r][2] = _mm512_dpbusd_epi32(acc[r][2], k2, q);
-            acc[r][3] = _mm512_dpbusd_epi32(acc[r][3], k3, q);
-        }
+        const auto add_row = [&](int64_t row, __m512i& a, __m512i& b, __m512i& c, __m512i& d) {
+            const __m512i q = _mm512_set1_epi32(load_int32(queries + row * query_stride));
+            add_products(a, k0, q);
+            add_products(b, k1, q);
+            add_products(c, k2, q);
+            add_products(d, k3, q);
+        };
+        add_row(0, a0, b0, c0, d0);
+        add_row(1, a1, b1, c1, d1);
+        add_row(2, a2, b2, c2, d2);
+        add_row(3, a3, b3, c3, d3);
+        add_row(4, a4, b4, c4, d4);
+        add_row(5, a5, b5, c5, d5);
     }
-    for (int r = 0; r < kScanRows; ++r) {
-        const __m128i s = _mm_cvtsi32_si128(shift[r]);
-        int16_t* out = scores + r * stride;
-        _mm512_storeu_si512(
-            out, _mm512_packs_epi32(_mm512_sra_epi32(acc[r][0], s), _mm512_sra_epi32(acc[r][1], s)));
-        _mm512_storeu_si512(
-            out + 32, _mm512_packs_epi32(_mm512_sra_epi32(acc[r][2], s), _mm512_sra_epi32(acc[r][3], s)));
-    }
+    const auto store_row = [&](int64_t row, __m512i a, __m512i b, __m512i c, __m512i d) {
+        const __m128i s = _mm_cvtsi32_si128(shift[row]);
+        int16_t* out = scores + row * stride;
+        _mm512_storeu_si512(out, _mm512_packs_epi32(_mm512_sra_epi32(a, s), _mm512_sra_epi32(b, s)));
+        _mm512_storeu_si512(out + 32, _mm512_packs_epi32(_mm512_sra_epi32(c, s), _mm512_sra_epi32(d, s)));
+    };
+    store_row(0, a0, b0, c0, d0);
+    store_row(1, a1, b1, c1, d1);
+    store_row(2, a2, b2, c2, d2);
+    store_row(3, a3, b3, c3, d3);
+    store_row(4, a4, b4, c4, d4);
+    store_row(5, a5, b5, c5, d5);
 }
 
 }  // namespace sparsek::avx512_vnni
