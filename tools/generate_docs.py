@@ -163,7 +163,7 @@ def _filled(file: Path) -> str:
 def _cli_page() -> str:
     """The help of every command, as the command line prints it."""
     parts = ["# The command line", "", "Generated from `sparsek --help`.", ""]
-    context = click.Context(cli, info_name="sparsek")
+    context = click.Context(cli, info_name="sparsek", help_option_names=["-h", "--help"])
     for name in COMMANDS:
         command = cli.get_command(context, name)
         assert command is not None

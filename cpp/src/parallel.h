@@ -30,16 +30,28 @@ template <typename Task>
 bool run(const Options& options, int64_t count, Task task) {
     std::atomic<int64_t> next{0};
     std::atomic<bool> stop{false};
+    const auto caller = std::this_thread::get_id();
     const auto work = [&](int thread) {
+        const bool asks = options.interrupted != nullptr && std::this_thread::get_id() == caller;
         for (int64_t i; !stop && (i = next++) < count;) {
             task(thread, i);
-            if (thread == 0 && options.interrupted && options.interrupted(options.interrupted_data))
-                stop = true;
+            if (asks && options.interrupted(options.interrupted_data)) stop = true;
         }
     };
     const auto threads = static_cast<int>(options.num_threads < count ? options.num_threads : count);
     if (threads <= 1) {
         work(0);
+        return !stop;
+    }
+    if (options.parallel != nullptr) {
+        std::atomic<int> begun{0};
+        auto body = [&] {
+            // Callers may come in any number; each needs a workspace of its own.
+            const int thread = begun++;
+            if (thread < threads) work(thread);
+        };
+        using Body = decltype(body);
+        options.parallel([](void* data) { (*static_cast<Body*>(data))(); }, &body, threads);
         return !stop;
     }
     // A thread that begins after the end finds it closed, and touches nothing else.

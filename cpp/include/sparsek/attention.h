@@ -73,12 +73,18 @@ struct Problem {
     Rule rule;
 };
 
+// Calls body(data) on up to `threads` threads at once, the calling one among them; returns when all have.
+using Parallel = void (*)(void (*body)(void*), void* data, int threads);
+
 struct Options {
     int num_threads = 1;
     Isa isa = Isa::portable;
     // Asked now and then by the calling thread; true ends the call early, its output undefined.
     bool (*interrupted)(void*) = nullptr;
     void* interrupted_data = nullptr;
+    // The threads of the program around us, where they can be had: those of OpenMP go on spinning for a while
+    // after each loop, and would keep ours from the processors. Without it threads are started.
+    Parallel parallel = nullptr;
 };
 
 class KeyIndex;

@@ -56,8 +56,8 @@ def cli() -> None:
 
     \b
     Examples:
-      sparsek run -p "Why is the sky blue?" -k 64
-      sparsek bench -p 512,2048 -n 32 -k 0,64,auto
+      sparsek run -f chapter.txt -p "Summarise this." -k 64
+      sparsek bench -p 4096,8000 -n 32 -k 0,64,auto
       sparsek eval --context 4096 -k 32,64,auto
     """
 
@@ -86,13 +86,19 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug or not _is_expected(error):
             raise
-        return _fail(str(error) or type(error).__name__)
+        return _fail(_message(error))
 
 
 def _is_expected(error: Exception) -> bool:
     if isinstance(error, RuntimeError) and "memory" in str(error):  # PyTorch's way of saying MemoryError
         return True
     return isinstance(error, _EXPECTED) or type(error).__name__ == "VerificationError"
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__
 
 
 def _fail(message: str) -> int:

@@ -89,8 +89,8 @@ def command(
     \b
     Examples:
       sparsek bench
-      sparsek bench -p 512,2048,8000 -n 32 -d 0,4096 -k 0,64,auto
-      sparsek bench -p 4096 -n 0 -k 0,64 --pure -o json
+      sparsek bench -p 4096,8000 -n 32 -d 4096 -k 0,64,auto
+      sparsek bench -p 2048 -n 0 -k 0,64 --min-context 0 -o json
     """
     from ..bench import model as library
     from ..bench.text import read_text
@@ -117,4 +117,4 @@ def command(
             )
         )
     write_records(records, output, COLUMNS)
-    note_dense(configs, min(test.prompt + test.depth + test.generated for test in planned))
+    note_dense(configs, [test.prompt + test.depth + test.generated for test in planned])

@@ -165,4 +165,4 @@ def command(
                     )
                 )
     write_records(records, output, COLUMNS)
-    note_dense(configs, min(tokens))
+    note_dense(configs, tokens)

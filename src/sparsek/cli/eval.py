@@ -27,7 +27,7 @@ COLUMNS: Final[list[Column]] = [
     ("ppl dense", lambda r: f"{r.ppl_dense:.3f}"),
     ("ppl", lambda r: f"{r.ppl:.3f}"),
     ("ratio", lambda r: f"{r.ppl_ratio:.4f}"),
-    ("KL", lambda r: f"{r.kl_mean:.4f}"),
+    ("KL", lambda r: f"{max(r.kl_mean, 0.0):.4f}"),
     ("same top", lambda r: f"{r.same_top:.3f}"),
     ("mass", lambda r: "" if r.mass_mean is None else f"{r.mass_mean:.3f}"),
 ]
@@ -79,4 +79,4 @@ def command(
             opened, configs, text=words, text_name=name, context=context, windows=windows, advance=advance
         )
     write_records(records, output, COLUMNS)
-    note_dense(configs, context)
+    note_dense(configs, [context])

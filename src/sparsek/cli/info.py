@@ -63,9 +63,7 @@ def _facts(context: int) -> dict[str, dict[str, Any]]:
         },
         "packages": packages,
         "engines": {
-            name: "ready"
-            if package_version(package)
-            else f"needs {package}: pip install 'sparsek[{package}]'"
+            name: "ready" if package_version(package) else f"needs {package}: pip install 'sparsek[{name}]'"
             for name, (_, _, package) in ENGINES.items()
         },
         "kernels, in the order auto tries them": dispatch.describe(),
@@ -87,7 +85,7 @@ def _advice(context: int) -> dict[str, Any]:
         return {"K": f"all {context}: below min_context = {config.min_context} attention is dense"}
     return {
         "K": f"{rule.top_k}, about sqrt({context}) in steps of 16",
-        "published range": f"{advice.low} to {advice.high}",
+        "rules of thumb": f"{advice.low} to {advice.high} (see recommend_k)",
         "always kept": f"{rule.sinks} first and {rule.window} last positions",
         "dropped keys": "one centroid per block of 64" if rule.tail == "centroid" else "left out",
         "dense layers": ", ".join(map(str, config.dense_layers)) or "none",

@@ -135,16 +135,16 @@ def make_config(
     return replace(config, **changed)
 
 
-def note_dense(configs: Sequence[SparseKConfig | None], context: int) -> None:
-    """Say on stderr when a K is not used at this context: it would look as if it cost nothing."""
-    for config in configs:
-        if config is not None and context < config.min_context:
-            click.echo(
-                f"note: at {context} tokens attention is dense, K = {config.top_k} or not: "
-                f"min_context is {config.min_context} (--min-context 0 uses K everywhere)",
-                err=True,
-            )
-            return
+def note_dense(configs: Sequence[SparseKConfig | None], contexts: Sequence[int]) -> None:
+    """Say on stderr when K is not used at one of these contexts: it would look as if it cost nothing."""
+    min_context = max((config.min_context for config in configs if config is not None), default=0)
+    short = sorted({context for context in contexts if context < min_context})
+    if short:
+        click.echo(
+            f"note: at {', '.join(map(str, short))} tokens attention is dense whatever K is: "
+            f"min_context is {min_context} (--min-context 0 uses K everywhere)",
+            err=True,
+        )
 
 
 def load(engine: str, model: str | None, threads: int | None) -> Engine:

@@ -20,7 +20,13 @@ from .options import Budgets, common_options, load, make_configs, model_options,
 @click.option(
     "-n", "--tokens", type=click.IntRange(1), default=64, show_default=True, help="Most tokens to generate."
 )
-@click.option("-k", "--top-k", type=Budgets(), help='Keys kept per query: a number, "auto", or 0 for dense.')
+@click.option(
+    "-k",
+    "--top-k",
+    type=Budgets(),
+    metavar="K",
+    help='Keys kept per query: a number, "auto", or 0 for dense.',
+)
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the model's chat format.")
 @rule_options
 @common_options

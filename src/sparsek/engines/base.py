@@ -14,7 +14,11 @@ from ..problem import Problem
 # observer(layer, problem, output): called after every Sparse-K attention.
 Observer = Callable[[int, Problem, Any], None]
 
-ENGINES: Final = {"transformers": ("sparsek.engines.transformers", "TransformersEngine", "transformers")}
+# name, which is that of the extra too: module, class, and the package that it needs
+ENGINES: Final = {
+    "transformers": ("sparsek.engines.transformers", "TransformersEngine", "transformers"),
+    "llama": ("sparsek.engines.llama", "LlamaEngine", "xllamacpp"),
+}
 
 
 class Engine(Protocol):
@@ -74,8 +78,8 @@ def open_engine(name: str, model: str | None, *, threads: int | None = None) -> 
     """
     if name not in ENGINES:
         raise ValueError(f"engine {name!r}: must be one of {', '.join(ENGINES)}")
-    module, class_name, extra = ENGINES[name]
-    if find_spec(extra) is None:
-        raise ImportError(f"engine {name!r} is not installed: pip install 'sparsek[{extra}]'")
+    module, class_name, package = ENGINES[name]
+    if find_spec(package) is None:
+        raise ImportError(f"engine {name!r} is not installed: pip install 'sparsek[{name}]'")
     engine: Engine = getattr(import_module(module), class_name)(model, threads=threads)
     return engine

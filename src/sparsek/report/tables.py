@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table that reads well as plain text too: columns padded to equal width, numbers to the right."""
-    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
+    widths = [max(2, *(len(row[i]) for row in [titles, *rows])) for i in range(len(titles))]
     right = [all(_is_number(row[i]) for row in rows) for i in range(len(titles))]
 
     def line(cells: Sequence[str]) -> str:

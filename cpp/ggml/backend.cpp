@@ -1,0 +1,320 @@
+// libggml-sparsek.so: a ggml backend that an unmodified llama.cpp loads. It offers one device, which takes
+// the flash attention operation and nothing else; tensors stay where the host has them, in its CPU buffers.
+//
+// The way in is ggml_backend_init(), called by the host's ggml_backend_load(). Everything it returns lives as
+// long as the process.
+
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "abi.h"
+#include "host.h"
+#include "operation.h"
+#include "settings.h"
+#include "sparsek/attention.h"
+#include "sparsek/threads.h"
+
+namespace sparsek::ggml {
+namespace {
+
+constexpr const char* kName = "SPARSEK";
+constexpr const char* kDescription = "Sparse-K attention";
+// A name for this kind of backend: any 16 bytes that are no one else's.
+constexpr uint8_t kGuid[16] = {0x73, 0x70, 0x61, 0x72, 0x73, 0x65, 0x6b, 0x21,
+                               0x9d, 0x41, 0x4e, 0x0a, 0x6f, 0x17, 0xc2, 0x5b};
+
+// Sees an operation that was computed; `rule`: top_k, sinks, window, stride, 1 for a centroid tail.
+using Observer = void (*)(const Tensor* op, int64_t layer, const int64_t* rule);
+
+// The state of the process.
+struct State {
+    std::unique_ptr<Host> host;
+    std::mutex mutex;   // of what follows, which a call may change while others compute
+    Settings settings;  // read where a context is made and where an operation runs
+    std::atomic<bool> disabled{false};
+    std::atomic<Observer> observer{nullptr};
+    std::atomic<int64_t> sparse{0}, dense{0}, by_host{0};
+    Registry registry{};
+    Device device{};
+};
+
+State& state() {
+    static State* s = new State;  // never destroyed: the host may compute until the very end
+    return *s;
+}
+
+Settings current_settings() {
+    const std::lock_guard lock(state().mutex);
+    return state().settings;
+}
+
+void say(const std::string& line) { std::fprintf(stderr, "sparsek: %s\n", line.c_str()); }
+
+// A backend's own settings.
+struct Stream {
+    int threads = 1;
+    Isa isa = Isa::portable;
+};
+
+// ---- Computing
+
+void parallel(void (*body)(void*), void* data, int threads) {
+    state().host->gomp_parallel(body, data, static_cast<unsigned>(threads), 0);
+}
+
+// The host's own kernel, for what turns out at run time to be beyond us. The sources are copied as leaves, so
+// that nothing before the operation is computed again.
+bool compute_by_host(const Tensor* op) {
+    const Host& host = *state().host;
+    void* context = host.init({size_t{16} << 20, nullptr, true});
+    if (context == nullptr) return false;
+    Tensor copy = *op, sources[4];
+    for (int i = 0; i < 4 && op->src[i]; ++i) {
+        sources[i] = *op->src[i];
+        sources[i].op = host.passive[0];
+        sources[i].view_src = nullptr;
+        for (Tensor*& source : sources[i].src) source = nullptr;
+        copy.src[i] = sources + i;
+    }
+    Graph* graph = host.new_graph(context);
+    host.build_forward(graph, &copy);
+    Backend* cpu = host.cpu_backend(DeviceType::cpu, nullptr);
+    const bool good = cpu != nullptr && host.compute(cpu, graph) == 0;
+    if (cpu != nullptr) host.free_backend(cpu);
+    host.free(context);
+    return good;
+}
+
+bool compute(const Tensor* op, const Settings& settings, const Stream& stream) {
+    const Operation operation = operation_of(op, settings);
+    Options options = {stream.threads, stream.isa};
+    if (state().host->gomp_parallel != nullptr) options.parallel = parallel;
+    if (attention(operation.problem, options, operation.out) == Status::bad_mask) {
+        ++state().by_host;
+        return compute_by_host(op);
+    }
+    const Rule& rule = operation.problem.rule;
+    ++(rule.top_k < operation.problem.num_keys ? state().sparse : state().dense);
+    if (const Observer observer = state().observer) {
+        const int64_t fields[] = {rule.top_k, rule.sinks, rule.window, rule.stride, rule.centroid_tail};
+        observer(op, layer_of(op), fields);
+    }
+    return true;
+}
+
+// ---- The comparison with the host's kernel
+
+// Both kernels keep everything of one small operation; they must agree. Returns what is wrong, or nothing.
+std::string disagreement(const Stream& stream) {
+    const Host& host = *state().host;
+    constexpr int64_t kSize = 64, kQueries = 40, kKeys = 256, kHeads = 4, kKvHeads = 2;
+    void* context = host.init({size_t{16} << 20, nullptr, false});
+    if (context == nullptr) return "no memory for the comparison with the host's kernel";
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal;
+    const auto made = [&](int type, int64_t tokens, int64_t heads) {
+        const int64_t size[] = {kSize, tokens, heads, 1};
+        Tensor* t = host.new_tensor(context, type, 4, size);
+        if (t->size[1] != tokens || t->size[2] != heads || t->type != type || t->data == nullptr)
+            throw std::runtime_error("its tensors are laid out in another way");
+        for (int64_t i = 0; i < kSize * tokens * heads; ++i) static_cast<float*>(t->data)[i] = normal(random);
+        return t;
+    };
+    std::string problem;
+    try {
+        Tensor *q = made(kF32, kQueries, kHeads), *k = made(kF32, kKeys, kKvHeads),
+               *v = made(kF32, kKeys, kKvHeads);
+        const int64_t size[] = {kKeys, 64, 1, 1};
+        Tensor* mask = host.new_tensor(context, kF16, 4, size);
+        auto* bits = static_cast<uint16_t*>(mask->data);
+        for (int64_t i = 0; i < kKeys * 64; ++i)
+            bits[i] = i % kKeys <= kKeys - kQueries + i / kKeys ? 0 : 0xfc00;
+        Tensor* op = host.flash_attention_of(context, q, k, v, mask, 0.125f, 0.0f, 0.0f);
+        if (!is_supported(host, op)) throw std::runtime_error("its flash attention has other arguments");
+        Graph* graph = host.new_graph(context);
+        host.build_forward(graph, op);
+        Backend* cpu = host.cpu_backend(DeviceType::cpu, nullptr);
+        if (cpu == nullptr || host.compute(cpu, graph) != 0) throw std::runtime_error("its own kernel fails");
+        host.free_backend(cpu);
+        const auto* output = static_cast<const float*>(op->data);
+        const std::vector<float> expected(output, output + kSize * kQueries * kHeads);
+        Settings keep_all;
+        keep_all.top_k = {2147483647};
+        if (!compute(op, keep_all, stream)) throw std::runtime_error("ours fails");
+        double difference = 0, total = 0;
+        for (size_t i = 0; i < expected.size(); ++i) {
+            const auto e = static_cast<double>(expected[i]), d = static_cast<double>(output[i]) - e;
+            difference += d * d;
+            total += e * e;
+        }
+        if (!(std::sqrt(difference / total) < 1e-2))
+            throw std::runtime_error("ours differs by " + std::to_string(std::sqrt(difference / total)));
+    } catch (const std::exception& error) {
+        problem = std::string("the comparison with the host's attention kernel fails, ") + error.what();
+    }
+    host.free(context);
+    return problem;
+}
+
+// ---- The tables
+
+const char* backend_name(Backend*) { return kName; }
+
+void free_backend(Backend* backend) {
+    delete static_cast<Stream*>(backend->context);
+    delete backend;
+}
+
+GraphStatus compute_graph(Backend* backend, Graph* graph) {
+    const Host& host = *state().host;
+    try {
+        const Settings settings = current_settings();
+        for (int i = 0; i < host.graph_size(graph); ++i) {
+            const Tensor* node = host.graph_node(graph, i);
+            bool passive = false;
+            for (const int op : host.passive) passive |= node->op == op;
+            if (passive) continue;
+            if (!is_supported(host, node) ||
+                !compute(node, settings, *static_cast<Stream*>(backend->context)))
+                return GraphStatus::failed;
+        }
+    } catch (const std::exception& error) {
+        say(error.what());
+        return GraphStatus::failed;
+    }
+    return GraphStatus::success;
+}
+
+const char* device_name(Device*) { return kName; }
+const char* device_description(Device*) { return kDescription; }
+void device_memory(Device*, size_t* free, size_t* total) { *free = *total = 0; }
+DeviceType device_type(Device*) { return DeviceType::accelerator; }
+
+void device_properties(Device*, Properties* p) {
+    *p = {kName, kDescription, 0, 0, DeviceType::accelerator, nullptr, {}};
+    p->capabilities.mmap = true;
+}
+
+Backend* make_backend(Device* device, const char*) {
+    try {
+        auto stream = std::make_unique<Stream>();
+        stream->threads = num_threads();
+        stream->isa = active_isa();
+        static std::once_flag compared;
+        std::call_once(compared, [&] {
+            const std::string problem = disagreement(*stream);
+            state().sparse = state().dense = state().by_host = 0;
+            if (problem.empty()) return;
+            say(problem + "; attention stays with ggml " + state().host->version);
+            state().disabled = true;
+        });
+        auto* backend = new Backend{};
+        backend->guid = &kGuid;
+        backend->get_name = backend_name;
+        backend->free = free_backend;
+        backend->compute = compute_graph;
+        backend->device = device;
+        backend->context = stream.release();
+        return backend;
+    } catch (const std::exception& error) {
+        say(error.what());
+        return nullptr;
+    }
+}
+
+BufferType* buffer_type(Device*) { return state().host->cpu_buffer_type; }
+
+bool supports_op(Device*, const Tensor* op) {
+    return !state().disabled && !current_settings().off() && is_supported(*state().host, op);
+}
+
+bool supports_buffer_type(Device*, BufferType* type) { return state().host->is_host_buffer(type); }
+
+const char* registry_name(Registry*) { return kName; }
+size_t device_count(Registry*) { return 1; }
+Device* device_at(Registry*, size_t) { return &state().device; }
+
+void set_threads(Backend* backend, int threads) {
+    static_cast<Stream*>(backend->context)->threads = threads < 1 ? 1 : threads;
+}
+
+void* procedure(Registry*, const char* name) {
+    if (std::strcmp(name, "ggml_backend_set_n_threads") != 0) return nullptr;
+    void* address = nullptr;
+    const auto function = &set_threads;
+    std::memcpy(&address, &function, sizeof address);
+    return address;
+}
+
+Registry* loaded(const void* caller) {
+    State& s = state();
+    if (s.host) return &s.registry;
+    s.host = find_host(caller);
+    s.settings = settings_from_environment();
+    s.registry.api_version = s.host->api_version;
+    s.registry.get_name = registry_name;
+    s.registry.get_device_count = device_count;
+    s.registry.get_device = device_at;
+    s.registry.get_proc_address = procedure;
+    s.device.get_name = device_name;
+    s.device.get_description = device_description;
+    s.device.get_memory = device_memory;
+    s.device.get_type = device_type;
+    s.device.get_properties = device_properties;
+    s.device.make_backend = make_backend;
+    s.device.get_buffer_type = buffer_type;
+    s.device.supports_op = supports_op;
+    s.device.supports_buffer_type = supports_buffer_type;
+    s.device.registry = &s.registry;
+    return &s.registry;
+}
+
+}  // namespace
+}  // namespace sparsek::ggml
+
+#define SPARSEK_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Called by ggml_backend_load(). Null, after a line on stderr, where the host or the settings will not do.
+SPARSEK_EXPORT sparsek::ggml::Registry* ggml_backend_init() {
+    try {
+        return sparsek::ggml::loaded(__builtin_return_address(0));
+    } catch (const std::exception& error) {
+        sparsek::ggml::say(error.what());
+        return nullptr;
+    }
+}
+
+// New settings for the contexts and operations that follow, as a JSON object. Null, or what is wrong with it.
+SPARSEK_EXPORT const char* sparsek_configure(const char* json) {
+    static thread_local std::string problem;
+    try {
+        const sparsek::ggml::Settings settings = sparsek::ggml::settings_from_json(json, {});
+        const std::lock_guard lock(sparsek::ggml::state().mutex);
+        sparsek::ggml::state().settings = settings;
+        return nullptr;
+    } catch (const std::exception& error) {
+        problem = error.what();
+        return problem.c_str();
+    }
+}
+
+// Calls the observer after every operation; null ends it.
+SPARSEK_EXPORT void sparsek_observe(sparsek::ggml::Observer observer) {
+    sparsek::ggml::state().observer = observer;
+}
+
+// How many operations were computed with Sparse-K, with our dense kernel, and by the host for us.
+SPARSEK_EXPORT void sparsek_counts(int64_t counts[3]) {
+    const sparsek::ggml::State& s = sparsek::ggml::state();
+    counts[0] = s.sparse;
+    counts[1] = s.dense;
+    counts[2] = s.by_host;
+}

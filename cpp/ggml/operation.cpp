@@ -1,0 +1,96 @@
+#include "operation.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace sparsek::ggml {
+namespace {
+
+// Parameters of the operation: scale of the scores, slope of ALiBi, softcap.
+enum Parameter { kScale, kMaxBias, kSoftcap };
+
+float parameter(const Tensor* op, Parameter which) {
+    float x;
+    std::memcpy(&x, op->op_params + which, sizeof x);
+    return x;
+}
+
+size_t bytes_of(int type) { return type == kF32 ? 4 : 2; }
+
+bool is_format(int type) { return type == kF32 || type == kF16 || type == kBF16; }
+
+DType dtype_of(int type) { return type == kF32 ? DType::f32 : type == kF16 ? DType::f16 : DType::bf16; }
+
+// Numbers lie next to each other, and rows a whole number of numbers apart.
+bool has_rows(const Tensor* t) {
+    const size_t bytes = bytes_of(t->type);
+    return t->stride[0] == bytes && t->stride[1] % bytes == 0 && t->stride[2] % bytes == 0 &&
+           t->stride[3] % bytes == 0;
+}
+
+int64_t stride(const Tensor* t, int axis) {
+    return static_cast<int64_t>(t->stride[axis] / bytes_of(t->type));
+}
+
+// [size, tokens, heads, sequences]
+sparsek::Tensor rows_of(const Tensor* t) { return {t->data, stride(t, 3), stride(t, 2), stride(t, 1)}; }
+
+}  // namespace
+
+bool is_supported(const Host& host, const Tensor* op) {
+    if (op->op != host.flash_attention) return false;
+    const Tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3], *sinks = op->src[4];
+    if (q == nullptr || k == nullptr || v == nullptr || sinks != nullptr) return false;
+    if (parameter(op, kMaxBias) != 0.0f) return false;
+    if (q->type != kF32 || op->type != kF32 || !is_format(k->type) || v->type != k->type) return false;
+    if (!has_rows(q) || !has_rows(k) || !has_rows(v) || op->stride[0] != 4) return false;
+    if (k->size[2] == 0 || q->size[2] % k->size[2] != 0 || v->size[2] != k->size[2]) return false;
+    if (k->size[3] != q->size[3] || v->size[3] != q->size[3] || v->size[1] != k->size[1]) return false;
+    if (mask == nullptr) return true;
+    const bool heads = mask->size[2] == 1 || mask->size[2] == q->size[2];
+    const bool sequences = mask->size[3] == 1 || mask->size[3] == q->size[3];
+    return mask->type == kF16 && has_rows(mask) && heads && sequences && mask->size[0] == k->size[1] &&
+           mask->size[1] >= q->size[1];
+}
+
+int64_t layer_of(const Tensor* op) {
+    // As in "cache_k_l12 (view)".
+    for (const Tensor* t = op->src[1]; t != nullptr; t = t->view_src ? t->view_src : t->src[0]) {
+        if (std::strncmp(t->name, "cache_k_l", 9) == 0) return std::atoi(t->name + 9);
+    }
+    return -1;
+}
+
+Operation operation_of(const Tensor* op, const Settings& settings) {
+    const Tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
+    Problem p;
+    p.batch = q->size[3];
+    p.heads = q->size[2];
+    p.kv_heads = k->size[2];
+    p.num_queries = q->size[1];
+    p.num_keys = k->size[1];
+    p.head_size = q->size[0];
+    p.value_size = v->size[0];
+    p.dtype = dtype_of(k->type);
+    p.query_dtype = DType::f32;
+    p.q = rows_of(q);
+    p.k = rows_of(k);
+    p.v = rows_of(v);
+    if (mask != nullptr) {
+        p.mask = {mask->data,
+                  Mask::Form::halves,
+                  mask->size[3] > 1 ? stride(mask, 3) : 0,
+                  mask->size[2] > 1 ? stride(mask, 2) : 0,
+                  stride(mask, 1),
+                  1};
+    }
+    // Cells of the cache have no order that could be known: what a row may see is in the mask alone, and the
+    // last of it is its own position.
+    p.first_position = p.num_keys;
+    p.scale = parameter(op, kScale);
+    p.softcap = parameter(op, kSoftcap);
+    p.rule = settings.rule(layer_of(op), p.num_keys);
+    return {p, {op->data, stride(op, 3), stride(op, 1), stride(op, 2)}};
+}
+
+}  // namespace sparsek::ggml

@@ -1,0 +1,24 @@
+// ggml's flash attention operation as a problem of ours.
+#pragma once
+
+#include "abi.h"
+#include "host.h"
+#include "settings.h"
+#include "sparsek/attention.h"
+
+namespace sparsek::ggml {
+
+// Whether the operation is one that `problem_of` can express: no ALiBi, no attention sinks, known formats.
+bool is_supported(const Host& host, const Tensor* op);
+
+// The number of the layer, from the name of its part of the KV cache; -1 where that has none.
+int64_t layer_of(const Tensor* op);
+
+// The operation's problem under the settings, and where its output goes.
+struct Operation {
+    Problem problem;
+    Output out;
+};
+Operation operation_of(const Tensor* op, const Settings& settings);
+
+}  // namespace sparsek::ggml

@@ -1,0 +1,182 @@
+#include "settings.h"
+
+#include <algorithm>
+#include <cctype>
+#include <cmath>
+#include <cstdlib>
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
+
+namespace sparsek::ggml {
+namespace {
+
+constexpr int64_t kMost = 2147483647;
+
+[[noreturn]] void refuse(const std::string& field, const std::string& given, const std::string& allowed) {
+    throw std::invalid_argument(field + " = " + given + ": must be " + allowed);
+}
+
+int64_t number(const std::string& field, const std::string& text) {
+    const bool digits =
+        !text.empty() && text.size() <= 10 &&
+        std::all_of(text.begin(), text.end(), [](unsigned char c) { return std::isdigit(c); });
+    const int64_t n = digits ? std::stoll(text) : -1;
+    if (n < 0 || n > kMost) refuse(field, "'" + text + "'", "a whole number from 0 to 2147483647");
+    return n;
+}
+
+std::vector<std::string> split(const std::string& text) {
+    std::vector<std::string> parts;
+    std::stringstream stream(text);
+    for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+    return parts;
+}
+
+// One field from text like "64", "auto", "64,auto,32" or "none".
+void set(Settings* s, const std::string& field, const std::string& text) {
+    if (field == "top_k") {
+        s->top_k.clear();
+        for (const std::string& part : split(text))
+            s->top_k.push_back(part == "auto" ? Settings::kAuto : number(field, part));
+        if (s->top_k.empty()) refuse(field, "''", "a whole number, auto, or one of these per layer");
+    } else if (field == "dense_layers") {
+        s->dense_layers.clear();
+        if (text == "none") return;
+        for (const std::string& part : split(text)) s->dense_layers.push_back(number(field, part));
+    } else if (field == "tail") {
+        if (text != "none" && text != "centroid") refuse(field, "'" + text + "'", "none or centroid");
+        s->centroid_tail = text == "centroid";
+    } else if (field == "sinks") {
+        s->sinks = number(field, text);
+    } else if (field == "window") {
+        s->window = number(field, text);
+    } else if (field == "stride") {
+        s->stride = number(field, text);
+    } else if (field == "min_context") {
+        s->min_context = number(field, text);
+    } else if (field != "check_finite") {
+        throw std::invalid_argument(
+            "there is no field '" + field +
+            "': known are top_k, sinks, window, stride, tail, dense_layers, min_context");
+    }
+}
+
+// A flat JSON object, its values as the text that set() takes.
+class Reader {
+   public:
+    explicit Reader(const std::string& text) : text_(text) {}
+
+    template <typename Field>
+    void object(Field&& on_field) {
+        expect('{');
+        if (!take('}')) {
+            do {
+                const std::string name = string();
+                expect(':');
+                on_field(name, value());
+            } while (take(','));
+            expect('}');
+        }
+        skip();
+        if (at_ != text_.size()) fail();
+    }
+
+   private:
+    std::string value() {
+        skip();
+        if (peek() == '"') return string();
+        if (take('[')) {
+            std::string all;
+            if (take(']')) return "none";
+            do all += (all.empty() ? "" : ",") + value();
+            while (take(','));
+            expect(']');
+            return all;
+        }
+        std::string word;
+        while (at_ < text_.size() && (std::isalnum(static_cast<unsigned char>(text_[at_])) ||
+                                      text_[at_] == '-' || text_[at_] == '.' || text_[at_] == '+'))
+            word += text_[at_++];
+        if (word.empty()) fail();
+        return word;
+    }
+    std::string string() {
+        expect('"');
+        std::string s;
+        while (at_ < text_.size() && text_[at_] != '"') s += text_[at_++];
+        expect('"');
+        return s;
+    }
+    void skip() {
+        while (at_ < text_.size() && std::isspace(static_cast<unsigned char>(text_[at_]))) ++at_;
+    }
+    char peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }
+    bool take(char c) {
+        skip();
+        if (peek() != c) return false;
+        ++at_;
+        return true;
+    }
+    void expect(char c) {
+        if (!take(c)) fail();
+    }
+    [[noreturn]] void fail() const {
+        throw std::invalid_argument("not a JSON object of settings, at character " + std::to_string(at_) +
+                                    ": " + text_.substr(0, 80));
+    }
+
+    const std::string& text_;
+    size_t at_ = 0;
+};
+
+}  // namespace
+
+Rule Settings::rule(int64_t layer, int64_t num_keys) const {
+    const auto of_layer = static_cast<size_t>(layer);
+    int64_t k = top_k.size() == 1 || layer < 0 ? top_k[0]
+                : of_layer < top_k.size()      ? top_k[of_layer]
+                                               : num_keys;
+    if (k == kAuto) {
+        const auto steps =
+            static_cast<int64_t>(std::nearbyint(std::sqrt(static_cast<double>(num_keys)) / 16));
+        k = std::max<int64_t>(32, 16 * steps);
+    }
+    const bool dense = std::find(dense_layers.begin(), dense_layers.end(), layer) != dense_layers.end();
+    if (dense || num_keys < min_context || k + sinks + window + stride == 0) k = num_keys;
+    return {std::min(k, num_keys), sinks, window, stride, centroid_tail};
+}
+
+Settings settings_from_json(const std::string& text, Settings s) {
+    Reader(text).object([&](const std::string& name, const std::string& value) { set(&s, name, value); });
+    return s;
+}
+
+Settings settings_from_environment() {
+    Settings s;
+    if (const char* path = std::getenv("SPARSEK_CONFIG")) {
+        std::ifstream file(path);
+        if (!file)
+            throw std::invalid_argument(std::string("SPARSEK_CONFIG = '") + path + "': cannot be read");
+        std::stringstream text;
+        text << file.rdbuf();
+        try {
+            s = settings_from_json(text.str(), s);
+        } catch (const std::invalid_argument& error) {
+            throw std::invalid_argument(std::string(path) + ": " + error.what());
+        }
+    }
+    for (const char* field : {"top_k", "sinks", "window", "stride", "tail", "dense_layers", "min_context"}) {
+        std::string variable = "SPARSEK_";
+        for (const char* c = field; *c; ++c)
+            variable += static_cast<char>(std::toupper(static_cast<unsigned char>(*c)));
+        try {
+            if (const char* value = std::getenv(variable.c_str())) set(&s, field, value);
+        } catch (const std::invalid_argument& error) {
+            throw std::invalid_argument(variable + ": " + error.what());
+        }
+    }
+    return s;
+}
+
+}  // namespace sparsek::ggml

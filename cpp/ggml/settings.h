@@ -1,0 +1,38 @@
+// What is to be kept, from the environment, a JSON file or a call: the fields of SparseKConfig in
+// src/sparsek/config.py, with the same defaults.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "sparsek/attention.h"
+
+namespace sparsek::ggml {
+
+struct Settings {
+    static constexpr int64_t kAuto = -1;
+
+    std::vector<int64_t> top_k{kAuto};  // one for all layers, or one per layer; 0 for all: dense attention
+    int64_t sinks = 4;
+    int64_t window = 64;
+    int64_t stride = 0;
+    bool centroid_tail = true;
+    std::vector<int64_t> dense_layers{0};
+    int64_t min_context = 4096;
+
+    // Nothing is to be done: attention stays with the host.
+    bool off() const { return top_k.size() == 1 && top_k[0] == 0; }
+    // What a row keeps of `num_keys` keys in a layer; layer -1: unknown.
+    Rule rule(int64_t layer, int64_t num_keys) const;
+};
+
+// From an object of fields like {"top_k": 64, "tail": "none"}. Throws std::invalid_argument, which names the
+// field, what was given and what is allowed.
+Settings settings_from_json(const std::string& text, Settings defaults);
+
+// SPARSEK_CONFIG (a JSON file), then SPARSEK_TOP_K, SPARSEK_SINKS, SPARSEK_WINDOW, SPARSEK_STRIDE,
+// SPARSEK_TAIL, SPARSEK_DENSE_LAYERS and SPARSEK_MIN_CONTEXT on top of it. Throws as settings_from_json does.
+Settings settings_from_environment();
+
+}  // namespace sparsek::ggml

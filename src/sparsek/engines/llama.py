@@ -1,0 +1,171 @@
+"""The engine `llama`: llama.cpp, unmodified, from the package xllamacpp."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from ..config import SparseKConfig
+from ..integrations import llama_cpp as integration
+from . import llama_api as api
+from .base import Observer
+from .model_file import find_model, read_gguf
+
+_BATCH: Final = 2048  # tokens handed over at once
+_ERRORS: Final = 4  # ggml's level of log lines
+
+
+class LlamaEngine:
+    """See `base.Engine`. On the CPU; flash attention is on, which is the faster of llama.cpp's two ways."""
+
+    name = "llama"
+
+    def __init__(
+        self, model: str | None, *, threads: int | None = None, flash_attention: bool = True
+    ) -> None:
+        path = find_model(model)
+        if not path.is_file():
+            raise ValueError(f"the engine llama needs a GGUF file: {path}")
+        self.model_config = SparseKConfig.from_gguf_metadata(read_gguf(path))
+        self._lib = lib = api.library()
+        self._flash_attention = flash_attention
+        self._log: list[str] = []
+        self._callback = api.LOG_CALLBACK(self._remember)  # kept: the library goes on calling it
+        lib.llama_log_set(self._callback, None)
+        integration.load_backend(lib)
+        self._threads = threads or integration.num_threads()
+        self._model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+        if not self._model:
+            raise ValueError(f"llama.cpp cannot load {path}: {self._last_error()}")
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        self.version = lib.ggml_version().decode()
+        self.model = path.stem
+        self.num_layers = lib.llama_model_n_layer(self._model)
+        self.num_heads = lib.llama_model_n_head(self._model)
+        self.num_parameters = lib.llama_model_n_params(self._model)
+        self.context_length = lib.llama_model_n_ctx_train(self._model)
+        self._vocabulary = lib.llama_vocab_n_tokens(self._vocab)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        data = text.encode()
+        tokens = (ctypes.c_int32 * (len(data) + 8))()
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, len(tokens), True, special)
+        return list(tokens[:count])
+
+    def encode_chat(self, text: str) -> list[int]:
+        template = self._lib.llama_model_chat_template(self._model, None)
+        if template is None:
+            return self.encode(text)
+        message = api.ChatMessage(b"user", text.encode())
+        room = ctypes.create_string_buffer(2 * len(text.encode()) + 4096)
+        length = self._lib.llama_chat_apply_template(
+            template, ctypes.byref(message), 1, True, room, len(room)
+        )
+        return self.encode(room.raw[:length].decode(), special=True) if length > 0 else self.encode(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        given = (ctypes.c_int32 * len(tokens))(*tokens)
+        room = ctypes.create_string_buffer(32 * len(tokens) + 64)
+        length = self._lib.llama_detokenize(self._vocab, given, len(tokens), room, len(room), True, False)
+        return room.raw[: max(0, length)].decode(errors="replace")
+
+    def prompt_seconds(self, tokens: list[int], config: SparseKConfig | None) -> float:
+        with self._context(len(tokens) + 1, config) as context:
+            start = time.perf_counter()
+            self._append(context, tokens)
+            return time.perf_counter() - start
+
+    def generation(self, depth: list[int], count: int, config: SparseKConfig | None) -> Callable[[], float]:
+        tokens = depth or self.encode("The")[:1]  # generation begins from something
+        context = self._new_context(len(tokens) + count + 1, config)
+        first = self._append(context, tokens)
+
+        def once() -> float:
+            # The context lives as long as this function.
+            memory = self._lib.llama_get_memory(context.value)
+            self._lib.llama_memory_seq_rm(memory, -1, len(tokens), -1)
+            token, start = first, time.perf_counter()
+            for _ in range(count):
+                token = self._append(context, [token])
+            return time.perf_counter() - start
+
+        return once
+
+    def generate(self, tokens: list[int], count: int, config: SparseKConfig | None) -> Iterator[int]:
+        with self._context(len(tokens) + count + 1, config) as context:
+            given: Sequence[int] = tokens
+            for _ in range(count):
+                token = self._append(context, given)
+                if self._lib.llama_vocab_is_eog(self._vocab, token):
+                    return
+                yield token
+                given = [token]
+
+    def observed(self, observer: Observer) -> contextlib.AbstractContextManager[None]:
+        return integration.observed(observer)
+
+    def logits(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[Any]:
+        import torch
+
+        with self._context(len(tokens) + 1, config) as context:
+            for start in range(0, len(tokens), _BATCH):
+                part = tokens[start : start + _BATCH]
+                self._submit(context, part, every_token=True)
+                rows = self._lib.llama_get_logits(context.value)
+                shape = (len(part), self._vocabulary)
+                yield torch.from_numpy(np.ctypeslib.as_array(rows, shape=shape).copy())
+
+    def _append(self, context: _Context, tokens: Sequence[int]) -> int:
+        """Process tokens; the most likely next one."""
+        self._submit(context, tokens, every_token=False)
+        scores = self._lib.llama_get_logits_ith(context.value, -1)
+        return int(np.ctypeslib.as_array(scores, shape=(self._vocabulary,)).argmax())
+
+    def _submit(self, context: _Context, tokens: Sequence[int], *, every_token: bool) -> None:
+        for start in range(0, len(tokens), _BATCH):
+            part = tokens[start : start + _BATCH]
+            wanted = (ctypes.c_int8 * len(part))(*([int(every_token)] * len(part)))
+            wanted[-1] = 1
+            batch = api.Batch(len(part), (ctypes.c_int32 * len(part))(*part), None, None, None, None, wanted)
+            status = self._lib.llama_decode(context.value, batch)
+            if status != 0:
+                raise RuntimeError(f"llama.cpp cannot decode ({status}): {self._last_error()}")
+        self._lib.llama_synchronize(context.value)
+
+    @contextlib.contextmanager
+    def _context(self, tokens: int, config: SparseKConfig | None) -> Iterator[_Context]:
+        yield self._new_context(tokens, config)
+
+    def _new_context(self, tokens: int, config: SparseKConfig | None) -> _Context:
+        integration.configure(config)
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = tokens
+        params.n_batch = _BATCH
+        params.n_threads = params.n_threads_batch = self._threads
+        params.flash_attn_type = api.FLASH_ATTENTION[self._flash_attention or config is not None]
+        context = self._lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise ValueError(f"llama.cpp cannot make a context of {tokens} tokens: {self._last_error()}")
+        return _Context(self._lib, context)
+
+    def _remember(self, level: int, line: bytes, _data: Any) -> None:
+        if level >= _ERRORS:
+            self._log.append(line.decode(errors="replace").strip())
+
+    def _last_error(self) -> str:
+        return self._log[-1] if self._log else "no reason given"
+
+
+class _Context:
+    """A context of llama.cpp, freed when nothing refers to it any more."""
+
+    def __init__(self, lib: ctypes.CDLL, value: int) -> None:
+        self._lib, self.value = lib, value
+
+    def __del__(self) -> None:
+        self._lib.llama_free(self.value)

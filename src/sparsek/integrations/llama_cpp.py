@@ -1,0 +1,176 @@
+"""Sparse-K in unmodified llama.cpp: the backend libggml-sparsek.so, which the host loads by itself.
+
+    library = ctypes.CDLL(path of the library that holds ggml)
+    load_backend(library)                      # once, before the first model
+    configure(SparseKConfig(top_k=64))         # before the context is made
+
+From then on the host gives its flash attention operations to Sparse-K; flash attention must be on. Programs
+that are not Python load the backend with GGML_BACKEND_PATH and read SPARSEK_TOP_K and its like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+from ctypes import c_char, c_int, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from .. import _core
+from ..config import SparseKConfig
+from ..policy import Rule
+from ..problem import Problem
+
+# observer(layer, problem, output), the output [B, H, Tq, Dv]
+Observer = Callable[[int, Problem, Any], None]
+
+_FORMATS: Final = {0: (np.float32, 4), 1: (np.float16, 2), 30: (np.uint16, 2)}  # bfloat16 as its bits
+_BFLOAT16: Final = 30
+
+
+class Tensor(ctypes.Structure):
+    """ggml's tensor; sizes and strides (in bytes) begin with the axis that changes fastest."""
+
+
+Tensor._fields_ = [
+    ("type", c_int),
+    ("buffer", c_void_p),
+    ("size", c_int64 * 4),
+    ("stride", c_size_t * 4),
+    ("op", c_int),
+    ("op_params", ctypes.c_float * 16),
+    ("flags", c_int),
+    ("src", ctypes.POINTER(Tensor) * 10),
+    ("view_src", c_void_p),
+    ("view_offset", c_size_t),
+    ("data", c_void_p),
+    ("name", c_char * 64),
+]
+_OBSERVER: Final = ctypes.CFUNCTYPE(None, ctypes.POINTER(Tensor), c_int64, ctypes.POINTER(c_int64))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Attention operations so far: with Sparse-K, with our dense kernel, and given back to the host."""
+
+    sparse: int
+    dense: int
+    by_host: int
+
+
+def backend_path() -> Path:
+    """The backend's file, which comes with the package."""
+    return Path(_core.__file__).with_name("libggml-sparsek.so")
+
+
+def load_backend(host: ctypes.CDLL) -> None:
+    """Load the backend into the llama.cpp that `host` holds. May be called again.
+
+    Raises:
+        FileNotFoundError: the package was built without the backend.
+        RuntimeError: the host refused it; the reason is on stderr, for it is the host who asked.
+    """
+    path = backend_path()
+    if not path.exists():
+        raise FileNotFoundError(f"the llama.cpp backend is missing: {path}")
+    host.ggml_backend_load.restype = ctypes.c_void_p
+    host.ggml_backend_load.argtypes = [ctypes.c_char_p]
+    if not host.ggml_backend_load(str(path).encode()):
+        raise RuntimeError("llama.cpp did not load the Sparse-K backend: the line above says why")
+
+
+def configure(config: SparseKConfig | None) -> None:
+    """What contexts made from now on keep; None leaves attention to the host.
+
+    Raises:
+        ValueError: the backend does not take the configuration.
+    """
+    library = _library()
+    library.sparsek_configure.restype = ctypes.c_char_p
+    library.sparsek_configure.argtypes = [ctypes.c_char_p]
+    text = '{"top_k": 0}' if config is None else config.to_json()
+    problem = library.sparsek_configure(text.encode())
+    if problem is not None:
+        raise ValueError(problem.decode())
+
+
+def num_threads() -> int:
+    """How many threads to give the host."""
+    return _core.num_threads()
+
+
+def counts() -> Counts:
+    """See `Counts`."""
+    values = (ctypes.c_int64 * 3)()
+    _library().sparsek_counts(values)
+    return Counts(*values)
+
+
+@contextlib.contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Call `observer` after every attention operation within the block: for measuring and verifying. What it
+    raises is raised at the end of the block."""
+    errors: list[BaseException] = []
+
+    def seen(op: Any, layer: int, rule: Any) -> None:
+        if errors:
+            return
+        try:
+            problem, out = _problem(op.contents, rule)
+            observer(layer, problem, out)
+        except BaseException as error:  # it cannot pass through the host
+            errors.append(error)
+
+    callback = _OBSERVER(seen)
+    _library().sparsek_observe(callback)
+    try:
+        yield
+    finally:
+        _library().sparsek_observe(None)
+    if errors:
+        raise errors[0]
+
+
+def _problem(op: Tensor, rule: Any) -> tuple[Problem, Any]:
+    """An operation's inputs, copied, and its output."""
+    q, k, v = (_array(op.src[i].contents) for i in range(3))
+    mask = None
+    if op.src[3]:
+        allowed = _array(op.src[3].contents) == 0
+        shape = (allowed.shape[0], allowed.shape[1], q.shape[2], k.shape[2])
+        mask = np.broadcast_to(allowed[:, :, : q.shape[2]], shape)
+    scale, _, softcap = op.op_params[:3]
+    top_k, sinks, window, stride, tail = rule[:5]
+    problem = Problem(
+        q=q,
+        k=k,
+        v=v,
+        mask=mask,
+        is_causal=False,
+        first_position=k.shape[2],  # what a row may see is in the mask alone
+        scale=float(scale),
+        softcap=float(softcap) or None,
+        rule=Rule(top_k, sinks, window, stride, "centroid" if tail else "none"),
+    )
+    return problem, _array(op).swapaxes(1, 2)
+
+
+def _array(t: Tensor) -> np.ndarray[Any, Any]:
+    """A copy in float32, axes from the slowest to the fastest."""
+    dtype, itemsize = _FORMATS[t.type]
+    count = 1 + sum((n - 1) * s for n, s in zip(t.size, t.stride, strict=True)) // itemsize
+    memory = np.ctypeslib.as_array((ctypes.c_uint8 * (count * itemsize)).from_address(t.data)).view(dtype)
+    x = np.lib.stride_tricks.as_strided(memory, t.size[::-1], t.stride[::-1])
+    if t.type == _BFLOAT16:
+        return (x.astype(np.uint32) << 16).view(np.float32)
+    return x.astype(np.float32)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(backend_path()))

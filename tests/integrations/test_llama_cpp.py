@@ -1,0 +1,246 @@
+"""The llama.cpp backend, operation by operation: what a real host sends it, against the host's own kernel."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("xllamacpp")
+
+from sparsek import SparseKConfig, attention
+from sparsek.engines import llama_api
+from sparsek.integrations import llama_cpp as integration
+from sparsek.integrations.llama_cpp import Tensor
+
+F32, F16 = 0, 1
+KEEP_ALL = SparseKConfig.pure(2**31 - 1)
+
+
+class Init(ctypes.Structure):
+    _fields_ = [("size", c_size_t), ("memory", c_void_p), ("no_alloc", c_bool)]
+
+
+FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_init": (c_void_p, [Init]),
+    "ggml_free": (None, [c_void_p]),
+    "ggml_new_tensor": (POINTER(Tensor), [c_void_p, c_int, c_int, POINTER(c_int64)]),
+    "ggml_permute": (POINTER(Tensor), [c_void_p, POINTER(Tensor), c_int, c_int, c_int, c_int]),
+    "ggml_set_name": (POINTER(Tensor), [POINTER(Tensor), c_char_p]),
+    "ggml_flash_attn_ext": (
+        POINTER(Tensor),
+        [c_void_p, *[POINTER(Tensor)] * 4, c_float, c_float, c_float],
+    ),
+    "ggml_flash_attn_ext_add_sinks": (None, [POINTER(Tensor), POINTER(Tensor)]),
+    "ggml_new_graph": (c_void_p, [c_void_p]),
+    "ggml_build_forward_expand": (None, [c_void_p, POINTER(Tensor)]),
+    "ggml_backend_dev_by_name": (c_void_p, [c_char_p]),
+    "ggml_backend_dev_init": (c_void_p, [c_void_p, c_char_p]),
+    "ggml_backend_dev_supports_op": (c_bool, [c_void_p, POINTER(Tensor)]),
+    "ggml_backend_graph_compute": (c_int, [c_void_p, c_void_p]),
+    "ggml_backend_free": (None, [c_void_p]),
+}
+
+
+@pytest.fixture(scope="module")
+def host() -> ctypes.CDLL:
+    library = llama_api.library()
+    integration.load_backend(library)
+    for name, (result, arguments) in FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+@pytest.fixture(autouse=True)
+def _settings() -> Iterator[None]:
+    integration.configure(KEEP_ALL)
+    yield
+    integration.configure(None)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An operation as a host sends it. `cache`: type of k and v."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    size: int = 64
+    value_size: int = 64
+    queries: int = 40
+    keys: int = 256
+    sequences: int = 1
+    cache: int = F16
+    mask: str = "shared"
+    softcap: float = 0.0
+    alibi: float = 0.0
+    sinks: bool = False
+
+
+class Operation:
+    """The tensors of one operation, in a context of the host. q, k and v are [B, H, T, D] in NumPy."""
+
+    def __init__(self, host: ctypes.CDLL, shape: Shape) -> None:
+        self.host, self.shape, s = host, shape, shape
+        self.context = host.ggml_init(Init(256 << 20, None, False))
+        rng = np.random.default_rng(0)
+        # In memory the tokens come before the heads, as they do in a cache.
+        self.q, q = self._rows(rng, F32, s.size, s.queries, s.heads)
+        self.k, k = self._rows(rng, s.cache, s.size, s.keys, s.kv_heads)
+        self.v, v = self._rows(rng, s.cache, s.value_size, s.keys, s.kv_heads)
+        self.allowed, mask = self._mask(rng)
+        self.op = host.ggml_flash_attn_ext(self.context, q, k, v, mask, s.size**-0.5, s.alibi, s.softcap)
+        if s.sinks:
+            host.ggml_flash_attn_ext_add_sinks(self.op, self._new(F32, np.zeros(s.heads)))
+        self.graph = host.ggml_new_graph(self.context)
+        host.ggml_build_forward_expand(self.graph, self.op)
+
+    def compute(self, device: str) -> np.ndarray[Any, Any]:
+        """The output, [B, H, Tq, Dv]."""
+        backend = self.host.ggml_backend_dev_init(self.host.ggml_backend_dev_by_name(device.encode()), None)
+        size = list(self.op.contents.size)
+        count = int(np.prod(size))
+        out = np.ctypeslib.as_array(ctypes.cast(self.op.contents.data, POINTER(c_float)), shape=(count,))
+        out[:] = np.nan
+        assert self.host.ggml_backend_graph_compute(backend, self.graph) == 0
+        self.host.ggml_backend_free(backend)
+        return out.reshape(size[::-1]).transpose(0, 2, 1, 3).copy()
+
+    def is_taken(self) -> bool:
+        device = self.host.ggml_backend_dev_by_name(b"SPARSEK")
+        return bool(self.host.ggml_backend_dev_supports_op(device, self.op))
+
+    def _rows(self, rng: Any, kind: int, size: int, tokens: int, heads: int) -> Any:
+        x = rng.standard_normal((self.shape.sequences, tokens, heads, size)).astype(np.float32)
+        x = x.astype(np.float16) if kind == F16 else x
+        tensor = self.host.ggml_permute(self.context, self._new(kind, x), 0, 2, 1, 3)
+        return x.astype(np.float32).transpose(0, 2, 1, 3), tensor
+
+    def _mask(self, rng: Any) -> Any:
+        s = self.shape
+        heads = s.heads if s.mask == "per head" else 1
+        shape = (s.sequences, heads, s.queries, s.keys)
+        if s.mask == "none":
+            return np.ones(shape, bool), None
+        position = np.arange(s.queries)[:, None] + s.keys - s.queries
+        allowed = (np.arange(s.keys) <= position) & (rng.random(shape) < 0.9)
+        allowed[..., 0] = True
+        return allowed, self._new(F16, np.where(allowed, 0, -np.inf).astype(np.float16))
+
+    def _new(self, kind: int, x: np.ndarray[Any, Any]) -> Any:
+        size = (c_int64 * 4)(*([*x.shape[::-1], 1, 1, 1, 1][:4]))
+        tensor = self.host.ggml_new_tensor(self.context, kind, 4, size)
+        x = np.ascontiguousarray(x, np.float16 if kind == F16 else np.float32)
+        ctypes.memmove(tensor.contents.data, x.ctypes.data, x.nbytes)
+        return tensor
+
+    def __del__(self) -> None:
+        self.host.ggml_free(self.context)
+
+
+def relative_error(got: Any, expected: Any) -> float:
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+PREFILL = [
+    Shape(),
+    Shape(heads=9, kv_heads=3, queries=512, keys=768),
+    Shape(heads=8, kv_heads=1, size=128, value_size=128),
+    Shape(heads=4, kv_heads=4, size=96, value_size=80),
+    Shape(size=40, value_size=40, queries=33, keys=97),
+    Shape(size=256, value_size=256, queries=65, keys=513),
+    Shape(sequences=3),
+    Shape(mask="per head"),
+    Shape(mask="none"),
+    Shape(softcap=2.0),
+    Shape(cache=F32),
+    Shape(cache=F32, sequences=2, mask="per head", softcap=10.0, queries=100, keys=301),
+]
+DECODE = [
+    Shape(queries=1),
+    Shape(queries=1, heads=9, kv_heads=3, keys=2048),
+    Shape(queries=2, keys=777),
+    Shape(queries=1, sequences=4, keys=512),
+    Shape(queries=1, cache=F32, softcap=5.0),
+]
+
+
+@pytest.mark.parametrize("shape", PREFILL, ids=str)
+def test_prefill_is_the_hosts(host: ctypes.CDLL, shape: Shape) -> None:
+    operation = Operation(host, shape)
+    assert operation.is_taken()
+    expected = operation.compute("CPU")
+    # The host's tiles work in half precision in part: its own error is the larger one.
+    exact = dense(operation)
+    ours = operation.compute("SPARSEK")
+    assert relative_error(ours, exact) < 1e-5
+    assert relative_error(ours, expected) < 1e-5 + 2 * relative_error(expected, exact)
+
+
+@pytest.mark.parametrize("shape", DECODE, ids=str)
+def test_decode_is_the_hosts(host: ctypes.CDLL, shape: Shape) -> None:
+    operation = Operation(host, shape)
+    assert operation.is_taken()
+    assert relative_error(operation.compute("SPARSEK"), operation.compute("CPU")) < 1e-2
+    assert relative_error(operation.compute("SPARSEK"), dense(operation)) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [*PREFILL, *DECODE], ids=str)
+@pytest.mark.parametrize("tail", ["none", "centroid"])
+def test_sparse_is_the_reference(host: ctypes.CDLL, shape: Shape, tail: Any) -> None:
+    config = SparseKConfig(top_k=9, sinks=3, window=20, tail=tail, dense_layers=(), min_context=0)
+    integration.configure(config)
+    before = integration.counts()
+    operation = Operation(host, shape)
+    got = operation.compute("SPARSEK")
+    assert integration.counts().sparse == before.sparse + 1
+    assert relative_error(got, sparse(operation, config)) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [Shape(alibi=8.0), Shape(sinks=True)], ids=["ALiBi", "attention sinks"])
+def test_what_is_unknown_stays_with_the_host(host: ctypes.CDLL, shape: Shape) -> None:
+    assert not Operation(host, shape).is_taken()
+
+
+def test_without_a_k_everything_stays_with_the_host(host: ctypes.CDLL) -> None:
+    operation = Operation(host, Shape())
+    integration.configure(None)
+    assert not operation.is_taken()
+
+
+def test_a_mask_that_adds_numbers_is_computed_by_the_host(host: ctypes.CDLL) -> None:
+    operation = Operation(host, Shape())
+    data = ctypes.cast(operation.op.contents.src[3].contents.data, POINTER(ctypes.c_uint16))
+    data[0] = 0x3800  # 0.5
+    before = integration.counts()
+    got = operation.compute("SPARSEK")
+    assert integration.counts().by_host == before.by_host + 1
+    assert np.array_equal(got, operation.compute("CPU"))
+
+
+def dense(operation: Operation) -> Any:
+    return sparse(operation, KEEP_ALL)
+
+
+def sparse(operation: Operation, config: SparseKConfig) -> Any:
+    """The reference in float64, row by row: each stands at the end of the cache, as the backend has it, and
+    what it may see is in the mask alone."""
+    q, k, v = (x.astype(np.float64) for x in (operation.q, operation.k, operation.v))
+    rows = [
+        attention(
+            q[:, :, i : i + 1],
+            k,
+            v,
+            config=config,
+            attn_mask=operation.allowed[:, :, i : i + 1],
+            softcap=operation.shape.softcap or None,
+            backend="reference",
+        )
+        for i in range(q.shape[2])
+    ]
+    return np.concatenate(rows, 2)
