@@ -28,7 +28,10 @@ def attend(k: Any, v: Any, queries: int, index: KeyIndex | None, config: SparseK
 
 
 def assert_index_changes_nothing(k: Any, v: Any, index: KeyIndex, queries: int = 2) -> None:
-    assert torch.equal(attend(k, v, queries, index), attend(k, v, queries, None))
+    got = attend(k, v, queries, index)
+    assert torch.equal(got, attend(k, v, queries, KeyIndex()))
+    # Few rows without an index are scored in full, and add up the tail's mean scores in another order.
+    torch.testing.assert_close(got, attend(k, v, queries, None), rtol=0, atol=1e-6)
     assert index.length == k.shape[2]
 
 
@@ -106,7 +109,7 @@ def test_a_cache_it_cannot_belong_to_is_indexed_anew(change: str) -> None:
         k, v = k.bfloat16(), v.bfloat16()
         q = torch.ones(3, 2, 1, 16, dtype=torch.bfloat16)
         with_index = attention(q, k, v, config=CONFIG, index=index)
-        assert torch.equal(with_index, attention(q, k, v, config=CONFIG))
+        torch.testing.assert_close(with_index, attention(q, k, v, config=CONFIG), rtol=1e-2, atol=1e-2)
         return
     assert_index_changes_nothing(k, v, index)
 

@@ -109,7 +109,7 @@ class SharedIndex {
     Status attend(const Problem& p, const Options& options, const Output& out) {
         const std::lock_guard lock(mutex_);
         if (!index_ || index_->isa() != options.isa || !index_->fits(p) || index_->length() > p.num_keys)
-            index_ = std::make_unique<KeyIndex>(p, KeyIndex::Parts{}, options.isa);
+            index_ = std::make_unique<KeyIndex>(p, true, options.isa);
         return attention(p, options, out, index_.get());
     }
     std::unique_ptr<SharedIndex> copy() {

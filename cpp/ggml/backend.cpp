@@ -13,6 +13,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "abi.h"
@@ -21,6 +22,7 @@
 #include "settings.h"
 #include "sparsek/attention.h"
 #include "sparsek/threads.h"
+#include "sparsek/value_means.h"
 
 namespace sparsek::ggml {
 namespace {
@@ -58,10 +60,11 @@ Settings current_settings() {
 
 void say(const std::string& line) { std::fprintf(stderr, "sparsek: %s\n", line.c_str()); }
 
-// A backend's own settings.
+// A backend's own state: there is one for each context of the host.
 struct Stream {
     int threads = 1;
     Isa isa = Isa::portable;
+    std::unordered_map<const void*, ValueMeans> means;  // by where the values lie: one for each layer
 };
 
 // ---- Computing
@@ -93,11 +96,12 @@ bool compute_by_host(const Tensor* op) {
     return good;
 }
 
-bool compute(const Tensor* op, const Settings& settings, const Stream& stream) {
+bool compute(const Tensor* op, const Settings& settings, Stream& stream) {
     const Operation operation = operation_of(op, settings);
     Options options = {stream.threads, stream.isa};
     if (state().host->gomp_parallel != nullptr) options.parallel = parallel;
-    if (attention(operation.problem, options, operation.out) == Status::bad_mask) {
+    ValueMeans* means = &stream.means[op->src[2]->data];
+    if (attention(operation.problem, options, operation.out, nullptr, means) == Status::bad_mask) {
         ++state().by_host;
         return compute_by_host(op);
     }
@@ -113,7 +117,7 @@ bool compute(const Tensor* op, const Settings& settings, const Stream& stream) {
 // ---- The comparison with the host's kernel
 
 // Both kernels keep everything of one small operation; they must agree. Returns what is wrong, or nothing.
-std::string disagreement(const Stream& stream) {
+std::string disagreement(Stream& stream) {
     const Host& host = *state().host;
     constexpr int64_t kSize = 64, kQueries = 40, kKeys = 256, kHeads = 4, kKvHeads = 2;
     void* context = host.init({size_t{16} << 20, nullptr, false});
@@ -233,7 +237,9 @@ Backend* make_backend(Device* device, const char*) {
 BufferType* buffer_type(Device*) { return state().host->cpu_buffer_type; }
 
 bool supports_op(Device*, const Tensor* op) {
-    return !state().disabled && !current_settings().off() && is_supported(*state().host, op);
+    if (state().disabled) return false;
+    const Settings settings = current_settings();
+    return !settings.off() && is_supported(*state().host, op) && is_worthwhile(op, settings);
 }
 
 bool supports_buffer_type(Device*, BufferType* type) { return state().host->is_host_buffer(type); }

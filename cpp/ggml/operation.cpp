@@ -53,6 +53,11 @@ bool is_supported(const Host& host, const Tensor* op) {
            mask->size[1] >= q->size[1];
 }
 
+bool is_worthwhile(const Tensor* op, const Settings& settings) {
+    constexpr int64_t kGeneration = 8;  // so few queries for a sequence are not a prompt
+    return op->src[0]->size[1] > kGeneration || op->src[1]->size[1] >= settings.min_context;
+}
+
 int64_t layer_of(const Tensor* op) {
     // As in "cache_k_l12 (view)".
     for (const Tensor* t = op->src[1]; t != nullptr; t = t->view_src ? t->view_src : t->src[0]) {

@@ -11,6 +11,9 @@ namespace sparsek::ggml {
 // Whether the operation is one that `problem_of` can express: no ALiBi, no attention sinks, known formats.
 bool is_supported(const Host& host, const Tensor* op);
 
+// Whether we may be faster. Over short contexts a step of generation is too short to be handed over.
+bool is_worthwhile(const Tensor* op, const Settings& settings);
+
 // The number of the layer, from the name of its part of the KV cache; -1 where that has none.
 int64_t layer_of(const Tensor* op);
 

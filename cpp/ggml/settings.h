@@ -19,7 +19,7 @@ struct Settings {
     int64_t stride = 0;
     bool centroid_tail = true;
     std::vector<int64_t> dense_layers{0};
-    int64_t min_context = 4096;
+    int64_t min_context = 2048;
 
     // Nothing is to be done: attention stays with the host.
     bool off() const { return top_k.size() == 1 && top_k[0] == 0; }

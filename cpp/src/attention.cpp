@@ -10,6 +10,7 @@
 #include "memory.h"
 #include "parallel.h"
 #include "sparsek/key_index.h"
+#include "sparsek/value_means.h"
 
 namespace sparsek {
 namespace {
@@ -97,19 +98,15 @@ bool sparse_in_pieces(const Problem& p, const Options& options, const KeyIndex& 
 
 bool sparse(const Problem& p, const Options& options, KeyIndex* given, const Output& out,
             const SelectionOut* selection) {
-    // Quantising the keys pays from some rows on; fewer are scored exactly.
-    constexpr int64_t kFewRows = 32;
-    const bool few = p.heads / p.kv_heads * p.num_queries <= kFewRows;
     std::optional<KeyIndex> own;
-    if (given == nullptr) own.emplace(p, KeyIndex::Parts{!few, p.rule.centroid_tail}, options.isa);
+    if (given == nullptr) own.emplace(p, p.rule.centroid_tail, options.isa);
     KeyIndex& index = given ? *given : *own;
     if (!index.extend(p, options)) return false;
 
     const Kernel& kernel = kernel_for(index.isa());
-    const bool exact = given == nullptr && few;
-    const Tiles tiles(p, exact ? 1 : kTileRows);
+    const Tiles tiles(p, kTileRows);
     const Options limited = for_work(options, products(p));
-    if (!exact && limited.num_threads > 1 && tiles.count() < 4 * limited.num_threads)
+    if (limited.num_threads > 1 && tiles.count() < 4 * limited.num_threads)
         return sparse_in_pieces(p, limited, index, tiles, out, selection);
     const Workspaces workspaces(kernel, p, limited.num_threads);
     return run(limited, tiles.count(), [&](int thread, int64_t i) {
@@ -117,6 +114,44 @@ bool sparse(const Problem& p, const Options& options, KeyIndex* given, const Out
         kernel.sparse_tile(p, index.head(tile.batch, tile.kv_head), tile, workspaces.of(thread), nullptr, out,
                            selection);
     });
+}
+
+// All keys are scored first, in pieces; then every row chooses and attends. This is dense attention too.
+bool few_rows(const Problem& p, const Options& options, ValueMeans* given, const Output& out,
+              const SelectionOut* selection) {
+    constexpr int64_t kBlocksPerPiece = 16;
+    const Kernel& kernel = kernel_for(options.isa);
+    const int64_t blocks = blocks_of(p.num_keys), pieces = (blocks + kBlocksPerPiece - 1) / kBlocksPerPiece;
+    const int64_t heads = p.batch * p.kv_heads, rows = p.heads / p.kv_heads * p.num_queries;
+    const bool tail = p.rule.centroid_tail && p.rule.top_k < p.num_keys && selection == nullptr;
+    ValueMeans own;
+    ValueMeans& means = given ? *given : own;
+    if (tail) means.prepare(p);
+    const auto means_of = [&](int64_t h) {
+        return tail ? means.head(h / p.kv_heads, h % p.kv_heads) : HeadMeans{};
+    };
+
+    const Options limited = for_work(options, products(p));
+    const int64_t row_floats = blocks * (kBlock + 1);
+    const Workspaces workspaces(kernel, p, limited.num_threads,
+                                heads * rows * row_floats * static_cast<int64_t>(sizeof(float)));
+    const auto scores_of = [&](int64_t h, int64_t row) {
+        auto* scores = reinterpret_cast<float*>(workspaces.shared());
+        return Scores{scores + (h * rows + row) * blocks * kBlock,
+                      scores + heads * rows * blocks * kBlock + (h * rows + row) * blocks};
+    };
+    const bool scored = run(limited, heads * pieces, [&](int thread, int64_t task) {
+        const int64_t h = task / pieces, first = task % pieces * kBlocksPerPiece;
+        const int64_t last = first + kBlocksPerPiece < blocks ? first + kBlocksPerPiece : blocks;
+        const Tile tile = {h / p.kv_heads, h % p.kv_heads, 0, rows};
+        kernel.score_rows(p, means_of(h), tile, first, last, workspaces.of(thread), scores_of(h, 0));
+    });
+    return scored && run(limited, heads * rows, [&](int thread, int64_t task) {
+               const int64_t h = task / rows, row = task % rows;
+               const Tile tile = {h / p.kv_heads, h % p.kv_heads, row, 1};
+               kernel.attend_scored(p, means_of(h).means, tile, workspaces.of(thread), scores_of(h, row), out,
+                                    selection);
+           });
 }
 
 // The mask in bits, made once for all heads that share it: [batch, heads, queries, blocks], each 1 where it
@@ -149,28 +184,32 @@ Status with_mask_in_bits(const Problem& given, const Options& options, Buffer<ui
 }
 
 Status solve(const Problem& given, const Options& options, const Output& out, KeyIndex* index,
-             const SelectionOut* selection) {
+             ValueMeans* means, const SelectionOut* selection) {
     if (given.batch == 0 || given.heads == 0 || given.num_queries == 0) return Status::done;
     Buffer<uint64_t> memory;
     Problem p;
     const Status status = with_mask_in_bits(given, options, &memory, &p);
     if (status != Status::done) return status;
     const bool all = p.rule.top_k >= p.num_keys && selection == nullptr;
-    const bool done = all ? dense(p, options, out) : sparse(p, options, index, out, selection);
+    const bool few = index == nullptr && p.heads / p.kv_heads * p.num_queries <= kFewRows;
+    const bool done = few   ? few_rows(p, options, means, out, selection)
+                      : all ? dense(p, options, out)
+                            : sparse(p, options, index, out, selection);
     return done ? Status::done : Status::interrupted;
 }
 
 }  // namespace
 
-Status attention(const Problem& p, const Options& options, const Output& out, KeyIndex* index) {
-    return solve(p, options, out, index, nullptr);
+Status attention(const Problem& p, const Options& options, const Output& out, KeyIndex* index,
+                 ValueMeans* means) {
+    return solve(p, options, out, index, means, nullptr);
 }
 
 Status select(const Problem& p, const Options& options, int64_t width, int32_t* indices, int32_t* counts) {
     const SelectionOut selection = {width, indices, counts};
     Problem without_values = p;
     without_values.rule.centroid_tail = false;
-    return solve(without_values, options, {}, nullptr, &selection);
+    return solve(without_values, options, {}, nullptr, nullptr, &selection);
 }
 
 }  // namespace sparsek

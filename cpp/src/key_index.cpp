@@ -23,73 +23,71 @@ void copy_array(T* to, const T* from, int64_t count) {
 
 // All heads in two pieces of memory, each head with room for `capacity` blocks.
 struct KeyIndex::Storage {
-    Storage(int64_t heads, int64_t capacity_, int64_t head_size, int64_t value_size, Parts parts_)
+    Storage(int64_t heads, int64_t capacity_, int64_t head_size, int64_t value_size, bool centroids_)
         : capacity(capacity_),
           size(head_size),
           values(value_size),
-          parts(parts_),
-          block_bytes(parts.quantised ? (head_size + 3) / 4 * 4 * kBlock : 0),
+          centroids(centroids_),
+          block_bytes((head_size + 3) / 4 * 4 * kBlock),
           packed(allocate<uint8_t>(heads * capacity * block_bytes)),
           floats(allocate<float>(heads * floats_per_head())) {}
 
     HeadIndex head(int64_t number) const {
         float* f = floats.get() + number * floats_per_head();
-        const auto take = [&](bool wanted, int64_t n) {
-            if (!wanted) return static_cast<float*>(nullptr);
+        const auto take = [&](int64_t n) {
             f += n;
             return f - n;
         };
         HeadIndex index{};
-        index.packed = parts.quantised ? packed.get() + number * capacity * block_bytes : nullptr;
-        index.residual = take(parts.quantised, capacity);
-        index.norm = take(parts.quantised, capacity);
-        index.center = take(parts.quantised, size);
-        index.scale = take(parts.quantised, size);
-        index.inverse = take(parts.quantised, size);
-        index.key_mean = take(parts.means, capacity * size);
-        index.value_mean = take(parts.means, capacity * values);
+        index.packed = packed.get() + number * capacity * block_bytes;
+        index.residual = take(capacity);
+        index.norm = take(capacity);
+        index.center = take(size);
+        index.scale = take(size);
+        index.inverse = take(size);
+        if (centroids) {
+            index.key_mean = take(capacity * size);
+            index.value_mean = take(capacity * values);
+        }
         return index;
     }
 
     void copy_head(int64_t number, const Storage& other, int64_t other_number, int64_t blocks) {
         const HeadIndex to = head(number), from = other.head(other_number);
-        if (parts.quantised) {
-            copy_array(to.packed, from.packed, blocks * block_bytes);
-            copy_array(to.residual, from.residual, blocks);
-            copy_array(to.norm, from.norm, blocks);
-            copy_array(to.center, from.center, size);
-            copy_array(to.scale, from.scale, size);
-            copy_array(to.inverse, from.inverse, size);
-        }
-        if (parts.means) {
+        copy_array(to.packed, from.packed, blocks * block_bytes);
+        copy_array(to.residual, from.residual, blocks);
+        copy_array(to.norm, from.norm, blocks);
+        copy_array(to.center, from.center, size);
+        copy_array(to.scale, from.scale, size);
+        copy_array(to.inverse, from.inverse, size);
+        if (centroids) {
             copy_array(to.key_mean, from.key_mean, blocks * size);
             copy_array(to.value_mean, from.value_mean, blocks * values);
         }
     }
 
     int64_t floats_per_head() const {
-        return (parts.quantised ? 2 * capacity + 3 * size : 0) +
-               (parts.means ? capacity * (size + values) : 0);
+        return 2 * capacity + 3 * size + (centroids ? capacity * (size + values) : 0);
     }
 
     int64_t capacity, size, values;
-    Parts parts;
+    bool centroids;
     int64_t block_bytes;
     Buffer<uint8_t> packed;
     Buffer<float> floats;
 };
 
-KeyIndex::KeyIndex(const Problem& like, Parts parts, Isa isa)
+KeyIndex::KeyIndex(const Problem& like, bool centroids, Isa isa)
     : batch_(like.batch),
       kv_heads_(like.kv_heads),
       head_size_(like.head_size),
       value_size_(like.value_size),
-      parts_(parts),
+      centroids_(centroids),
       isa_(isa) {}
 KeyIndex::~KeyIndex() = default;
 
 std::unique_ptr<KeyIndex::Storage> KeyIndex::storage(int64_t batch, int64_t blocks) const {
-    return std::make_unique<Storage>(batch * kv_heads_, blocks, head_size_, value_size_, parts_);
+    return std::make_unique<Storage>(batch * kv_heads_, blocks, head_size_, value_size_, centroids_);
 }
 
 std::unique_ptr<KeyIndex> KeyIndex::copy() const {
@@ -98,7 +96,7 @@ std::unique_ptr<KeyIndex> KeyIndex::copy() const {
     like.kv_heads = kv_heads_;
     like.head_size = head_size_;
     like.value_size = value_size_;
-    auto twin = std::make_unique<KeyIndex>(like, parts_, isa_);
+    auto twin = std::make_unique<KeyIndex>(like, centroids_, isa_);
     twin->length_ = length_;
     twin->fitted_ = fitted_;
     if (storage_) {
@@ -117,7 +115,7 @@ int64_t KeyIndex::bytes() const {
 
 bool KeyIndex::fits(const Problem& p) const {
     return p.batch == batch_ && p.kv_heads == kv_heads_ && p.head_size == head_size_ &&
-           (!parts_.means || p.value_size == value_size_);
+           (!centroids_ || p.value_size == value_size_);
 }
 
 bool KeyIndex::extend(const Problem& p, const Options& options) {
@@ -131,8 +129,7 @@ bool KeyIndex::extend(const Problem& p, const Options& options) {
             larger->copy_head(h, *storage_, h, blocks_of(length_));
         storage_ = std::move(larger);
     }
-    const bool fit =
-        parts_.quantised && (fitted_ == 0 || (fitted_ < kEnoughToFit && p.num_keys >= 4 * fitted_));
+    const bool fit = fitted_ == 0 || (fitted_ < kEnoughToFit && p.num_keys >= 4 * fitted_);
     const int64_t first = fit ? 0 : length_ / kBlock;
     const double work = static_cast<double>(heads * (blocks - first) * kBlock * head_size_);
     const Options limited = for_work(options, 8.0 * work);

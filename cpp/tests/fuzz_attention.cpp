@@ -166,7 +166,7 @@ void try_bytes(const uint8_t* data, size_t size) {
         CHECK(solve(c, isa, 3, nullptr).out == alone.out);
 
         // An index that grew in two steps and was cropped in between.
-        KeyIndex index(c.p, {}, isa);
+        KeyIndex index(c.p, true, isa);
         Problem shorter = c.p;
         shorter.num_keys = 1 + c.p.num_keys / 2;
         const Options options = {2, isa};

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "sparsek/attention.h"
 #include "sparsek/key_index.h"
+#include "sparsek/value_means.h"
 
 using namespace sparsek;
 
@@ -96,7 +97,7 @@ void callers_on_several_threads_do_not_meet() {
         std::vector<std::thread> callers;
         for (int t = 0; t < 3; ++t) {
             callers.emplace_back([&] {
-                KeyIndex index(in.p, {}, isa);
+                KeyIndex index(in.p, true, isa);
                 for (int i = 0; i < 5; ++i) {
                     std::vector<float> out(expected.size());
                     attention(in.p, {3, isa}, output_of(in.p, out.data()), i % 2 ? &index : nullptr);
@@ -116,7 +117,7 @@ void interrupted_calls_end_early_and_leave_the_index_usable() {
     const auto at_once = [](void* count) { return ++*static_cast<int*>(count) > 1; };
     const Options options = {1, Isa::portable, at_once, &asked};
     std::vector<float> out(expected.size());
-    KeyIndex index(in.p, {}, Isa::portable);
+    KeyIndex index(in.p, true, Isa::portable);
     CHECK(attention(in.p, options, output_of(in.p, out.data()), &index) == Status::interrupted);
     CHECK(asked == 2);
     CHECK(solve(in.p, {1, Isa::portable}, &index) == expected);
@@ -127,7 +128,7 @@ void reordered_index_follows_its_batch() {
     in.p.batch = 2;  // the heads become two sequences of one head each
     in.p.heads = in.p.kv_heads = 1;
     for (Tensor* x : {&in.p.q, &in.p.k, &in.p.v}) x->batch_stride = kKeys * kSize;
-    KeyIndex index(in.p, {}, Isa::portable);
+    KeyIndex index(in.p, true, Isa::portable);
     std::vector<float> out(kHeads * kQueries * kSize);
     CHECK(attention(in.p, {1, Isa::portable}, output_of(in.p, out.data()), &index) == Status::done);
     const int64_t second_twice[] = {1, 1, 1};
@@ -183,9 +184,37 @@ void mixed_formats_and_a_mask_of_halves() {
     }
 }
 
+// One query after another over a cache that grows and is changed behind our back.
+void means_follow_the_cache() {
+    for (const Isa isa : available_isas(detect())) {
+        Inputs in(20);
+        Problem p = in.p;
+        p.num_queries = 1;
+        ValueMeans means;
+        const auto step = [&](int64_t keys) {
+            p.num_keys = keys;
+            p.first_position = keys - 1;
+            std::vector<float> fresh(kHeads * kSize), kept(fresh);
+            CHECK(attention(p, {1, isa}, output_of(p, fresh.data())) == Status::done);
+            CHECK(attention(p, {2, isa}, output_of(p, kept.data()), nullptr, &means) == Status::done);
+            CHECK(fresh == kept);
+        };
+        for (const int64_t keys : {300, 301, 320, 321, 400}) step(keys);
+        for (int64_t i = 70 * kSize; i < 90 * kSize; ++i) {  // other tokens in the same places
+            in.k[static_cast<size_t>(i)] += 1.0f;
+            in.v[static_cast<size_t>(i)] -= 1.0f;
+        }
+        step(400);
+        for (float& x : in.v) x *= 2.0f;  // other values under the same keys
+        step(400);
+        step(129);
+    }
+}
+
 }  // namespace
 
 int main() {
+    means_follow_the_cache();
     dense_is_softmax();
     callers_on_several_threads_do_not_meet();
     interrupted_calls_end_early_and_leave_the_index_usable();

@@ -45,7 +45,7 @@ class SparseKConfig:
     stride: int = 0
     tail: Tail = "centroid"
     dense_layers: tuple[int, ...] = (0,)
-    min_context: int = 4096
+    min_context: int = 2048
     check_finite: bool = False
 
     def __post_init__(self) -> None:

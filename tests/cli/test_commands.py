@@ -173,7 +173,7 @@ def test_config_file_and_options_on_top_of_it(sparsek: Sparsek, tmp_path: Path) 
 def test_a_k_that_is_not_used_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench-attention", "--tokens", "64", "-k", "8", "-r", "1", "--baseline", "none"]) == 0
     assert (
-        "note: at 64 tokens attention is dense whatever K is: min_context is 4096" in capsys.readouterr().err
+        "note: at 64 tokens attention is dense whatever K is: min_context is 2048" in capsys.readouterr().err
     )
     assert main(["bench-attention", "--tokens", "64", "-k", "8", "-r", "1", "--min-context", "0"]) == 0
     assert "note" not in capsys.readouterr().err

@@ -228,11 +228,13 @@ def test_memory_that_is_not_aligned() -> None:
 @pytest.mark.parametrize("queries", [1, 2, 5, 16])
 @pytest.mark.parametrize("config", [PURE, DEFAULT], ids=str)
 def test_few_queries_are_the_last_rows_of_many(queries: int, config: SparseKConfig) -> None:
-    """Rows that are scored exactly, scanned in pieces, and scanned in tiles: all give the same bits."""
+    """Rows that are scored exactly, scanned in pieces, and scanned in tiles: all give the same bits, but for
+    the mean scores of the tail, which few rows add up in another order."""
     q, k, v = tensors(20_000, queries=60, heads=3, kv_heads=1, size=64)
     many = run(q, k, v, config)[:, :, -queries:]
     last = q[:, :, -queries:]
-    assert torch.equal(run(last, k, v, config), many)
+    few = run(last, k, v, config)
+    assert torch.equal(few, many) if config.tail == "none" else torch.allclose(few, many, rtol=0, atol=1e-7)
     assert torch.equal(run(last, k, v, config, index=KeyIndex()), many)
 
 

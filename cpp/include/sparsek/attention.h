@@ -88,6 +88,7 @@ struct Options {
 };
 
 class KeyIndex;
+class ValueMeans;
 
 enum class Status {
     done,
@@ -95,10 +96,10 @@ enum class Status {
     bad_mask,  // a half that is neither 0 nor -inf; nothing was computed
 };
 
-// index: of the problem's k and v, extended by those it does not hold yet; without one the call makes its
-// own. Throws std::bad_alloc.
-Status attention(const Problem& problem, const Options& options, const Output& out,
-                 KeyIndex* index = nullptr);
+// index: of the problem's k and v, extended by those it does not hold yet; means: of their values, which make
+// few queries cheaper. Without them the call makes its own. Throws std::bad_alloc.
+Status attention(const Problem& problem, const Options& options, const Output& out, KeyIndex* index = nullptr,
+                 ValueMeans* means = nullptr);
 
 // indices: int32 [batch, heads, num_queries, width], rising and padded with -1; counts: int32 [batch, heads,
 // num_queries]. `width` must hold the longest row. Returns and throws as attention does.

@@ -15,14 +15,8 @@ struct HeadIndex;
 // problem's k and v still hold at those positions. Not safe for two calls at once.
 class KeyIndex {
    public:
-    // What is kept. Without the quantised keys nothing but the centroids is.
-    struct Parts {
-        bool quantised = true;
-        bool means = true;
-    };
-
-    // For problems of this one's batch, heads and head sizes.
-    KeyIndex(const Problem& like, Parts parts, Isa isa);
+    // For problems of this one's batch, heads and head sizes; with the centroids of blocks or without.
+    KeyIndex(const Problem& like, bool centroids, Isa isa);
     ~KeyIndex();
     KeyIndex(const KeyIndex&) = delete;
     KeyIndex& operator=(const KeyIndex&) = delete;
@@ -48,7 +42,7 @@ class KeyIndex {
     std::unique_ptr<Storage> storage(int64_t batch, int64_t blocks) const;
 
     int64_t batch_, kv_heads_, head_size_, value_size_;
-    Parts parts_;
+    bool centroids_;
     Isa isa_;
     int64_t length_ = 0;
     int64_t fitted_ = 0;  // the length at which center and scale were chosen

@@ -120,7 +120,6 @@ template <typename T>
 void dense_tile(const Problem& p, const Tile& tile, std::byte* workspace, const Output& out) {
     Arena arena(workspace);
     const DenseWork w(p, arena);
-    const int64_t group = p.heads / p.kv_heads;
     const T* keys = head_of<T>(p.k, tile.batch, tile.kv_head);
     const T* values = head_of<T>(p.v, tile.batch, tile.kv_head);
 
@@ -129,18 +128,14 @@ void dense_tile(const Problem& p, const Tile& tile, std::byte* workspace, const 
     std::memset(w.out, 0, static_cast<size_t>(padded_rows * w.values) * sizeof(float));
     int64_t first = w.blocks, last = 0;
     for (int64_t r = 0; r < padded_rows; ++r) {
-        const int64_t number = tile.first_row + minimum(r, tile.num_rows - 1);
-        Row& row = rows[r];
-        row.query = number / group;
-        row.head = tile.kv_head * group + number % group;
-        row.position = p.first_position + row.query;
+        const Row& row = rows[r] = row_of(p, tile, minimum(r, tile.num_rows - 1));
         float* query = w.queries + r * p.head_size;
         load_query(p, tile.batch, row, query);
         for (int64_t d = 0; d < p.head_size; ++d) query[d] *= p.scale;
         w.peak[r] = -INFINITY;
         w.total[r] = 0.0f;
         uint64_t* allowed = w.allowed + r * w.blocks;
-        allowed_bits(p, tile.batch, row, w.blocks, allowed);
+        allowed_bits(p, tile.batch, row, 0, w.blocks, allowed);
         for (int64_t b = 0; b < w.blocks; ++b) {
             if (allowed[b] == 0) continue;
             first = minimum(first, b);

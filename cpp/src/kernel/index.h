@@ -127,26 +127,27 @@ inline void quantise_block(const Problem& p, const T* keys, const HeadIndex& ind
     index.norm[b] = __builtin_sqrtf(norm);
 }
 
+// The mean of a complete block of rows, into out[b].
+template <typename T>
+inline void block_mean(const T* rows, int64_t stride, int64_t b, int64_t width, float* out) {
+    for (int64_t c = 0; c < width; c += 16) {
+        const int64_t n = width - c < 16 ? width - c : 16;
+        F total = set1(0.0f);
+        for (int64_t j = 0; j < kBlock; ++j) total = total + load_n(rows + (b * kBlock + j) * stride + c, n);
+        store_n(out + b * width + c, total * set1(1.0f / kBlock), n);
+    }
+}
+
 template <typename T>
 void fill_index(const Problem& p, int64_t batch, int64_t kv_head, const HeadIndex& index, int64_t first,
                 int64_t last) {
     const T* keys = head_of<T>(p.k, batch, kv_head);
-    const T* values = head_of<T>(p.v, batch, kv_head);
     for (int64_t b = first; b < last; ++b) {
         const int64_t count = p.num_keys - b * kBlock < kBlock ? p.num_keys - b * kBlock : kBlock;
-        if (index.packed != nullptr) quantise_block<T>(p, keys, index, b, count);
+        quantise_block<T>(p, keys, index, b, count);
         if (index.key_mean == nullptr || count < kBlock) continue;
-        const auto mean = [&](const T* rows, int64_t stride, int64_t width, float* out) {
-            for (int64_t c = 0; c < width; c += 16) {
-                const int64_t n = width - c < 16 ? width - c : 16;
-                F total = set1(0.0f);
-                for (int64_t j = 0; j < kBlock; ++j)
-                    total = total + load_n(rows + (b * kBlock + j) * stride + c, n);
-                store_n(out + b * width + c, total * set1(1.0f / kBlock), n);
-            }
-        };
-        mean(keys, p.k.token_stride, p.head_size, index.key_mean);
-        mean(values, p.v.token_stride, p.value_size, index.value_mean);
+        block_mean(keys, p.k.token_stride, b, p.head_size, index.key_mean);
+        block_mean(head_of<T>(p.v, batch, kv_head), p.v.token_stride, b, p.value_size, index.value_mean);
     }
 }
 

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "kernel/numbers.h"
 
@@ -22,6 +23,7 @@
 #include "kernel/math.h"
 #include "kernel/index.h"
 #include "kernel/sparse.h"
+#include "kernel/few.h"
 #include "kernel/dense.h"
 // clang-format on
 
@@ -73,6 +75,21 @@ void sparse_any(const Problem& p, const HeadIndex& index, const Tile& tile, std:
     });
 }
 
+void score_any(const Problem& p, const HeadMeans& means, const Tile& tile, int64_t first, int64_t last,
+               std::byte* workspace, const Scores& out) {
+    with_type(p.dtype, [&](auto* type) {
+        score_rows<std::remove_pointer_t<decltype(type)>>(p, means, tile, first, last, workspace, out);
+    });
+}
+
+void attend_any(const Problem& p, const float* means, const Tile& tile, std::byte* workspace,
+                const Scores& scored, const Output& out, const SelectionOut* selection) {
+    with_type(p.dtype, [&](auto* type) {
+        attend_scored<std::remove_pointer_t<decltype(type)>>(p, means, tile, workspace, scored, out,
+                                                             selection);
+    });
+}
+
 void dense_any(const Problem& p, const Tile& tile, std::byte* workspace, const Output& out) {
     with_type(p.dtype, [&](auto* type) {
         dense_tile<std::remove_pointer_t<decltype(type)>>(p, tile, workspace, out);
@@ -82,8 +99,8 @@ void dense_any(const Problem& p, const Tile& tile, std::byte* workspace, const O
 }  // namespace
 
 const Kernel& kernel() {
-    static constexpr Kernel table = {workspace_size, fit_any,   fill_any, scan_any,
-                                     sparse_any,     dense_any, pack_mask};
+    static constexpr Kernel table = {workspace_size, fit_any,    fill_any,  scan_any, sparse_any,
+                                     score_any,      attend_any, dense_any, pack_mask};
     return table;
 }
 

@@ -12,15 +12,17 @@ inline constexpr int64_t kBlock = 64;      // keys that share a centroid, an err
 inline constexpr int kTileRows = 12;       // query rows that are scanned together
 inline constexpr int kDenseTileRows = 96;  // and those of dense attention
 
+inline constexpr int kFewRows = 32;     // of a KV head: so few are scored in full
+inline constexpr int kFingerprint = 8;  // words that tell whether a block has changed
+
 inline constexpr int64_t blocks_of(int64_t num_keys) { return (num_keys + kBlock - 1) / kBlock; }
 
 // The keys of one KV head in low precision, and their centroids: [number of blocks, ...] each.
 //
 // A key k is stored as the bytes 128 + round((k - center) / scale), clamped; softmax ignores the shift, and
 // the scale of a channel is folded into the query. `residual` and `norm` bound, per block, the Euclidean
-// norms of what rounding took away and of what is left: the error of a score follows by Cauchy-Schwarz.
-//
-// Either of the two parts may be missing. Without the quantised keys all scores are computed exactly.
+// norms of what rounding took away and of what is left: the error of a score follows by Cauchy-Schwarz. The
+// centroids may be missing.
 struct HeadIndex {
     uint8_t* packed;  // [blocks, groups of 4 channels, 64 keys in the kernel's order, 4]
     float* residual;  // [blocks]
@@ -31,6 +33,19 @@ struct HeadIndex {
 
     float* key_mean;    // [blocks, head_size]; of complete blocks
     float* value_mean;  // [blocks, value_size]
+};
+
+// The mean values of a KV head's blocks, and by what a change of the block is seen; null where not wanted.
+struct HeadMeans {
+    uint64_t* fingerprints;  // [blocks, kFingerprint]
+    uint8_t* known;          // [blocks], 0 until there is a mean
+    float* means;            // [blocks, value_size]
+};
+
+// The exact scores of some rows, before the softcap.
+struct Scores {
+    float* scores;  // [rows, padded keys]; only of blocks in which a row may see a key
+    float* sums;    // [rows, blocks]; of blocks that some row may see wholly
 };
 
 // Which rows of which KV head. Rows of a head's group are numbered token by token: row / group is the query,
@@ -64,6 +79,13 @@ struct Kernel {
     // `scores`: those of scan_tile from the tile's first row on, or null.
     void (*sparse_tile)(const Problem&, const HeadIndex&, const Tile&, std::byte* workspace, int16_t* scores,
                         const Output& out, const SelectionOut* selection);
+    // Few rows: the exact scores of a tile's rows, at most kFewRows, with the blocks [first, last), whose
+    // means are brought up to date.
+    void (*score_rows)(const Problem&, const HeadMeans&, const Tile&, int64_t first, int64_t last,
+                       std::byte* workspace, const Scores& out);
+    // A tile of one row whose scores are known. `means`: of the values, or null for no tail.
+    void (*attend_scored)(const Problem&, const float* means, const Tile&, std::byte* workspace,
+                          const Scores& scored, const Output& out, const SelectionOut* selection);
     void (*dense_tile)(const Problem&, const Tile&, std::byte* workspace, const Output& out);
     // One row of the problem's mask as bits, [blocks]; false for a half that is neither 0 nor -inf.
     bool (*pack_mask)(const Problem&, int64_t batch, int64_t head, int64_t query, uint64_t* bits);

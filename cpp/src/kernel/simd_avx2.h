@@ -190,6 +190,13 @@ inline uint32_t at_least16(const int32_t* x, int32_t threshold) {
     };
     return ~(below(x) | below(x + 8) << 8) & 0xffff;
 }
+inline uint32_t at_least16(const float* x, float threshold) {
+    const __m256 t = _mm256_set1_ps(threshold);
+    const auto half = [&](const float* y) {
+        return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(y), t, _CMP_GE_OQ)));
+    };
+    return half(x) | half(x + 8) << 8;
+}
 // Of 16 numbers those whose bits are set, moved together; returns how many. May write 16.
 template <typename T>
 inline int64_t compress16(T* out, const T* x, uint32_t bits) {

@@ -128,6 +128,9 @@ inline uint64_t at_least64(const int16_t* x, int16_t threshold) {
 inline uint32_t at_least16(const int32_t* x, int32_t threshold) {
     return _mm512_cmpge_epi32_mask(_mm512_loadu_si512(x), _mm512_set1_epi32(threshold));
 }
+inline uint32_t at_least16(const float* x, float threshold) {
+    return _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(threshold), _CMP_GE_OQ);
+}
 // Of 16 numbers those whose bits are set, moved together; returns how many. Writes 16.
 template <typename T>
 inline int64_t compress16(T* out, const T* x, uint32_t bits) {

@@ -121,6 +121,11 @@ inline uint32_t at_least16(const int32_t* x, int32_t threshold) {
     for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(x[i] >= threshold) << i;
     return bits;
 }
+inline uint32_t at_least16(const float* x, float threshold) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(x[i] >= threshold) << i;
+    return bits;
+}
 // Of 16 numbers those whose bits are set, moved together; returns how many. May write 16.
 template <typename T>
 inline int64_t compress16(T* out, const T* x, uint32_t bits) {

@@ -53,7 +53,7 @@ struct SparseWork {
           weights(arena.take<float>(padded_keys + 16)),
           tail(arena.take<float>(blocks + 16)),
           tail_sums(arena.take<float>(blocks + 16)),
-          queries(arena.take<float>(kTileRows * query_floats)),
+          queries(arena.take<float>(kFewRows * query_floats)),
           quantised(arena.take<int8_t>(kTileRows * query_bytes)),
           logarithms(arena.take<float>(kBlock + 1)),
           out(arena.take<float>(round_up(p.value_size, 16))) {}
@@ -120,15 +120,17 @@ inline bool pack_mask(const Problem& p, int64_t batch, int64_t head, int64_t que
     return good;
 }
 
-// Bits of the keys that a row may see.
-inline void allowed_bits(const Problem& p, int64_t batch, const Row& row, int64_t blocks, uint64_t* bits) {
+// Bits of the keys that a row may see in the blocks [first, last), from bits[0] on.
+inline void allowed_bits(const Problem& p, int64_t batch, const Row& row, int64_t first, int64_t last,
+                         uint64_t* bits) {
     const int64_t seen = p.is_causal ? minimum(p.num_keys, maximum(0, row.position + 1)) : p.num_keys;
-    for (int64_t b = 0; b < blocks; ++b) bits[b] = first_bits(maximum(0, minimum(kBlock, seen - b * kBlock)));
+    for (int64_t b = first; b < last; ++b)
+        bits[b - first] = first_bits(maximum(0, minimum(kBlock, seen - b * kBlock)));
     const Mask& m = p.mask;
     if (m.data == nullptr) return;
     const uint64_t* words = static_cast<const uint64_t*>(m.data) + batch * m.batch_stride +
                             row.head * m.head_stride + row.query * m.query_stride;
-    for (int64_t b = 0; b < blocks; ++b) bits[b] &= words[b];
+    for (int64_t b = first; b < last; ++b) bits[b - first] &= words[b];
 }
 
 // One row of q in float.
@@ -274,37 +276,57 @@ inline void score_keys(const Problem& p, const T* keys, const float* query, int3
     }
 }
 
+// A score as an integer of the same order; -0 becomes 0, for they are equal.
+inline int32_t order_of(float score) {
+    score += 0.0f;
+    const int32_t bits = load_int32(&score);
+    return bits ^ static_cast<int32_t>(static_cast<uint32_t>(bits >> 31) >> 1);
+}
+
+inline float score_of(int32_t order) {
+    const int32_t bits = order ^ static_cast<int32_t>(static_cast<uint32_t>(order >> 31) >> 1);
+    float score;
+    std::memcpy(&score, &bits, sizeof score);
+    return score;
+}
+
+// The k-th largest of `count` numbers from `lowest` to `highest`, or one below it that k numbers reach: where
+// that many are at least as large, the search need not go on. n: the length with padding.
+inline int64_t kth_largest_order(const int32_t* order, int64_t n, int64_t count, int64_t k, int32_t lowest,
+                                 int32_t highest) {
+    // At least k numbers are >= low, fewer are >= high. Steps go by turns to where it would be if they were
+    // spread evenly, which is nearly true, and to the middle.
+    int64_t low = lowest, high = static_cast<int64_t>(highest) + 1, n_low = count, n_high = 0;
+    for (bool guess = true; high - low > 1 && n_low > k; guess = !guess) {
+        const auto share = static_cast<double>(n_low - k) / static_cast<double>(n_low - n_high);
+        const auto step = static_cast<int64_t>(static_cast<double>(high - low) * (guess ? share : 0.5));
+        const int64_t middle = low + minimum(maximum(step, 1), high - low - 1);
+        int64_t found = 0;
+        for (int64_t i = 0; i < n; i += 16)
+            found += count_bits(at_least16(order + i, static_cast<int32_t>(middle)));
+        if (found >= k) {
+            low = middle;
+            n_low = found;
+        } else {
+            high = middle;
+            n_high = found;
+        }
+    }
+    return low;
+}
+
 // Keeps the `k` best of `count` > k listed keys, ties to the lower position, in their order, and moves their
 // scores along. Returns the k-th best score.
 inline float keep_best(int64_t k, int64_t count, int32_t* index, float* scores, int32_t* order) {
     const int64_t padded = round_up(count, 16);
     int32_t highest_order = INT32_MIN, lowest_order = INT32_MAX;
     for (int64_t i = 0; i < count; ++i) {
-        const float score = scores[i] + 0.0f;  // -0 becomes 0: they are equal
-        const int32_t bits = load_int32(&score);
-        order[i] = bits ^ static_cast<int32_t>(static_cast<uint32_t>(bits >> 31) >> 1);
+        order[i] = order_of(scores[i]);
         if (order[i] > highest_order) highest_order = order[i];
         if (order[i] < lowest_order) lowest_order = order[i];
     }
     for (int64_t i = count; i < padded; ++i) order[i] = INT32_MIN;
-    // The k-th: at least k scores are >= low, fewer are >= high. Steps go by turns to where it would be if
-    // the scores were spread evenly, which is nearly true, and to the middle.
-    int64_t low = lowest_order, high = static_cast<int64_t>(highest_order) + 1, n_low = count, n_high = 0;
-    for (bool guess = true; high - low > 1 && n_low > k; guess = !guess) {
-        const auto share = static_cast<double>(n_low - k) / static_cast<double>(n_low - n_high);
-        const auto step = static_cast<int64_t>(static_cast<double>(high - low) * (guess ? share : 0.5));
-        const int64_t middle = low + minimum(maximum(step, 1), high - low - 1);
-        int64_t n = 0;
-        for (int64_t i = 0; i < padded; i += 16)
-            n += count_bits(at_least16(order + i, static_cast<int32_t>(middle)));
-        if (n >= k) {
-            low = middle;
-            n_low = n;
-        } else {
-            high = middle;
-            n_high = n;
-        }
-    }
+    const int64_t low = kth_largest_order(order, padded, count, k, lowest_order, highest_order);
     int64_t above = 0;
     for (int64_t i = 0; i < count; ++i) above += order[i] > low;
     int64_t level = k - above, n = 0;  // so many of those that are equal to `low`
@@ -339,12 +361,6 @@ inline int64_t select_row(const Problem& p, const HeadIndex& index, const T* key
         const int64_t n = list_bits(first, last, [&](int64_t b) { return w.candidates[b]; }, w.index);
         score_keys(p, keys, query, w.index, 0, n, w.weights);
         return n;
-    }
-    if (index.packed == nullptr) {
-        const int64_t n = list_bits(first, last, [&](int64_t b) { return w.candidates[b]; }, w.index);
-        score_keys(p, keys, query, w.index, 0, n, w.weights);
-        keep_best(k, n, w.index, w.weights, w.order);
-        return k;
     }
     for (int64_t b = first; b < last; ++b) {
         if (w.candidates[b] != ~0ull) keep64(scores + b * kBlock, w.candidates[b], kForbidden);
@@ -393,14 +409,27 @@ inline int64_t select_row(const Problem& p, const HeadIndex& index, const T* key
     return k;  // not reached: an infinite margin keeps every candidate
 }
 
-// What the kept keys leave out, as one logit per complete and wholly allowed block; returns the number of
-// blocks.
-template <typename T>
-inline int64_t tail_logits(const Problem& p, const HeadIndex& index, const float* query,
-                           const uint64_t* allowed, int64_t count, const SparseWork& w) {
-    int64_t blocks = p.num_keys / kBlock;
+// The sums of the scores of all 64 keys, for the first `blocks` blocks.
+inline void score_sums(const Problem& p, const HeadIndex& index, const float* query, int64_t blocks,
+                       float* sums) {
+    for (int64_t b = 0; b < blocks; b += 16) {
+        const float* rows[16];
+        for (int64_t j = 0; j < 16; ++j) rows[j] = index.key_mean + minimum(b + j, blocks - 1) * p.head_size;
+        store(sums + b, dots(query, rows, p.head_size) * set1(kBlock * p.scale));
+    }
+}
+
+// The complete and wholly allowed blocks lie among the first so many.
+inline int64_t tail_blocks(const Problem& p, const uint64_t* allowed) {
+    int64_t blocks = p.rule.centroid_tail ? p.num_keys / kBlock : 0;
     while (blocks > 0 && allowed[blocks - 1] != ~0ull) --blocks;
-    if (blocks == 0) return 0;
+    return blocks;
+}
+
+// What the kept keys leave out, as one logit per complete and wholly allowed block; on entry `w.tail` has the
+// sums of the blocks' scores.
+inline void tail_logits(const Problem& p, const uint64_t* allowed, int64_t count, int64_t blocks,
+                        const SparseWork& w) {
     int32_t* kept = w.order;
     std::memset(kept, 0, static_cast<size_t>(blocks) * sizeof(int32_t));
     std::memset(w.tail_sums, 0, static_cast<size_t>(blocks) * sizeof(float));
@@ -410,14 +439,9 @@ inline int64_t tail_logits(const Problem& p, const HeadIndex& index, const float
         ++kept[b];
         w.tail_sums[b] += w.weights[i];
     }
-    for (int64_t b = 0; b < blocks; b += 16) {
-        const float* rows[16];
-        for (int64_t j = 0; j < 16; ++j) rows[j] = index.key_mean + minimum(b + j, blocks - 1) * p.head_size;
-        store(w.tail + b, dots(query, rows, p.head_size) * set1(p.scale));
-    }
     for (int64_t b = 0; b < blocks; ++b) {
         const auto dropped = static_cast<float>(kBlock - kept[b]);
-        w.tail[b] = (kBlock * w.tail[b] - w.tail_sums[b]) / (dropped > 0.0f ? dropped : 1.0f);
+        w.tail[b] = (w.tail[b] - w.tail_sums[b]) / (dropped > 0.0f ? dropped : 1.0f);
     }
     if (p.softcap > 0.0f) {
         for (int64_t b = 0; b < blocks; b += 16) store(w.tail + b, capped(load(w.tail + b), p.softcap));
@@ -425,7 +449,6 @@ inline int64_t tail_logits(const Problem& p, const HeadIndex& index, const float
     for (int64_t b = 0; b < blocks; ++b) {
         w.tail[b] = allowed[b] == ~0ull ? w.tail[b] + w.logarithms[kBlock - kept[b]] : -INFINITY;
     }
-    return blocks;
 }
 
 // Exponentials of the first `count` numbers less `peak`, in place; the padding becomes 0. Returns their sum.
@@ -446,10 +469,11 @@ inline float largest_of(const float* x, int64_t count, float start) {
     return start;
 }
 
-// Softmax over the `count` kept keys and the tail, into the row of the output.
+// Softmax over the `count` kept keys and the tail, into the row of the output. `means`: of the blocks'
+// values.
 template <typename T>
-inline void attend_row(const Problem& p, const HeadIndex& index, const T* values, const Row& row,
-                       int64_t count, int64_t blocks, int64_t batch, const SparseWork& w, const Output& out) {
+inline void attend_row(const Problem& p, const T* values, const float* means, const Row& row, int64_t count,
+                       int64_t blocks, int64_t batch, const SparseWork& w, const Output& out) {
     if (p.softcap > 0.0f) {
         for (int64_t i = 0; i < count; i += 16) store(w.weights + i, capped(load(w.weights + i), p.softcap));
     }
@@ -460,7 +484,7 @@ inline void attend_row(const Problem& p, const HeadIndex& index, const T* values
         w.weights, count, [&](int64_t i) { return values + w.index[i] * p.v.token_stride; }, p.value_size,
         w.out);
     add_weighted<float>(
-        w.tail, blocks, [&](int64_t b) { return index.value_mean + b * p.value_size; }, p.value_size, w.out);
+        w.tail, blocks, [&](int64_t b) { return means + b * p.value_size; }, p.value_size, w.out);
     const float inverse = count + blocks == 0 ? 0.0f : 1.0f / total;
     store_row(p, batch, row, w.out, inverse, out);
 }
@@ -477,25 +501,34 @@ inline void write_selection(const Problem& p, const Row& row, int64_t batch, int
     out.counts[at] = static_cast<int32_t>(n);
 }
 
-// The tile's queries, in float and, where the index has quantised keys, in 8 bits.
-template <typename T>
-inline void prepare_rows(const Problem& p, const HeadIndex& index, const Tile& tile, const SparseWork& w,
-                         Row* rows) {
-    const int64_t group = p.heads / p.kv_heads;
-    float largest_norm = 0.0f;
-    for (int64_t b = 0; index.packed != nullptr && b < w.blocks; ++b)
-        largest_norm = index.norm[b] > largest_norm ? index.norm[b] : largest_norm;
+inline Row row_of(const Problem& p, const Tile& tile, int64_t r) {
+    const int64_t group = p.heads / p.kv_heads, number = tile.first_row + r;
+    Row row{};
+    row.query = number / group;
+    row.head = tile.kv_head * group + number % group;
+    row.position = p.first_position + row.query;
+    return row;
+}
+
+// The tile's queries in float, padded with zeros.
+inline void load_rows(const Problem& p, const Tile& tile, const SparseWork& w, Row* rows) {
     std::memset(w.queries, 0, static_cast<size_t>(tile.num_rows * w.query_floats) * sizeof(float));
     for (int64_t r = 0; r < tile.num_rows; ++r) {
-        const int64_t number = tile.first_row + r;
-        rows[r].query = number / group;
-        rows[r].head = tile.kv_head * group + number % group;
-        rows[r].position = p.first_position + rows[r].query;
-        float* query = w.queries + r * w.query_floats;
-        load_query(p, tile.batch, rows[r], query);
-        if (index.packed == nullptr) continue;
-        quantise_query(p, index, largest_norm, query, rows + r, w.quantised + r * w.query_bytes,
-                       w.query_bytes);
+        rows[r] = row_of(p, tile, r);
+        load_query(p, tile.batch, rows[r], w.queries + r * w.query_floats);
+    }
+}
+
+// The tile's queries, in float and in 8 bits.
+inline void prepare_rows(const Problem& p, const HeadIndex& index, const Tile& tile, const SparseWork& w,
+                         Row* rows) {
+    float largest_norm = 0.0f;
+    for (int64_t b = 0; b < w.blocks; ++b)
+        largest_norm = index.norm[b] > largest_norm ? index.norm[b] : largest_norm;
+    load_rows(p, tile, w, rows);
+    for (int64_t r = 0; r < tile.num_rows; ++r) {
+        quantise_query(p, index, largest_norm, w.queries + r * w.query_floats, rows + r,
+                       w.quantised + r * w.query_bytes, w.query_bytes);
     }
 }
 
@@ -527,8 +560,20 @@ void scan_tile(const Problem& p, const HeadIndex& index, const Tile& tile, int64
     Arena arena(workspace);
     const SparseWork w(p, arena);
     Row rows[kTileRows];
-    prepare_rows<T>(p, index, tile, w, rows);
+    prepare_rows(p, index, tile, w, rows);
     scan_rows(index, tile.num_rows, rows, first, last, w, scores);
+}
+
+// What of the rule is the same for all rows.
+inline void prepare_rule(const Problem& p, const SparseWork& w) {
+    if (p.rule.stride > 0) {
+        std::memset(w.strided, 0, static_cast<size_t>(w.blocks) * sizeof(uint64_t));
+        for (int64_t j = 0; j < p.num_keys; j += p.rule.stride) w.strided[j / kBlock] |= 1ull << (j % kBlock);
+    }
+    if (p.rule.centroid_tail) {
+        w.logarithms[0] = -INFINITY;
+        for (int n = 1; n <= kBlock; ++n) w.logarithms[n] = __builtin_logf(static_cast<float>(n));
+    }
 }
 
 template <typename T>
@@ -539,20 +584,13 @@ void sparse_tile(const Problem& p, const HeadIndex& index, const Tile& tile, std
     const T* keys = head_of<T>(p.k, tile.batch, tile.kv_head);
     const T* values = selection ? nullptr : head_of<T>(p.v, tile.batch, tile.kv_head);
 
-    if (p.rule.stride > 0) {
-        std::memset(w.strided, 0, static_cast<size_t>(w.blocks) * sizeof(uint64_t));
-        for (int64_t j = 0; j < p.num_keys; j += p.rule.stride) w.strided[j / kBlock] |= 1ull << (j % kBlock);
-    }
-    if (p.rule.centroid_tail) {
-        w.logarithms[0] = -INFINITY;
-        for (int n = 1; n <= kBlock; ++n) w.logarithms[n] = __builtin_logf(static_cast<float>(n));
-    }
+    prepare_rule(p, w);
     Row rows[kTileRows];
-    prepare_rows<T>(p, index, tile, w, rows);
+    prepare_rows(p, index, tile, w, rows);
     int64_t first = w.blocks, last = 0;
     for (int64_t r = 0; r < tile.num_rows; ++r) {
         uint64_t* allowed = w.allowed + r * w.blocks;
-        allowed_bits(p, tile.batch, rows[r], w.blocks, allowed);
+        allowed_bits(p, tile.batch, rows[r], 0, w.blocks, allowed);
         for (int64_t b = 0; b < w.blocks; ++b) {
             if (allowed[b] == 0) continue;
             first = minimum(first, b);
@@ -561,7 +599,7 @@ void sparse_tile(const Problem& p, const HeadIndex& index, const Tile& tile, std
     }
     if (scores == nullptr) {
         scores = w.scores;
-        if (index.packed != nullptr && (last - first) * kBlock > p.rule.top_k)
+        if ((last - first) * kBlock > p.rule.top_k)
             scan_rows(index, tile.num_rows, rows, first, last, w, scores);
     }
     for (int64_t r = 0; r < tile.num_rows; ++r) {
@@ -580,8 +618,10 @@ void sparse_tile(const Problem& p, const HeadIndex& index, const Tile& tile, std
         count += list_bits(first, spans.end, always, w.index + count);
         count += list_bits(spans.again, last, always, w.index + count);
         if (count > chosen) score_keys(p, keys, query, w.index, chosen / 16 * 16, count, w.weights);
-        const int64_t blocks = p.rule.centroid_tail ? tail_logits<T>(p, index, query, allowed, count, w) : 0;
-        attend_row(p, index, values, rows[r], count, blocks, tile.batch, w, out);
+        const int64_t blocks = tail_blocks(p, allowed);
+        score_sums(p, index, query, blocks, w.tail);
+        tail_logits(p, allowed, count, blocks, w);
+        attend_row(p, values, index.value_mean, rows[r], count, blocks, tile.batch, w, out);
     }
 }
 
