@@ -11,10 +11,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 CPP := $(shell find cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo test test-sanitize test-arm lint format bench docs clean
+.PHONY: help setup demo test test-sanitize test-arm test-llama-cpp-python lint format bench docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY) ## install everything into .venv (once)
 
@@ -43,6 +43,19 @@ test-arm: $(READY) ## C++ tests for 64-bit Arm in an emulator; needs g++-aarch64
 	  -DCMAKE_CXX_COMPILER=$(ARM_CXX) -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64
 	$(BIN)/cmake --build build/arm
 	$(BIN)/ctest --test-dir build/arm --output-on-failure
+
+# A second host, which PyPI has as source only. Compiling it takes ten minutes, so it is no part of `test`.
+HOST := build/llama-cpp-python
+LLAMA := $(HOST)/bin/python -m pip --disable-pip-version-check install -c constraints.txt
+PATHS := from sparsek.integrations.llama_cpp import backend_path; \
+  from sparsek.engines.model_file import embedded_model; print(backend_path(), embedded_model())
+test-llama-cpp-python: $(READY) $(HOST)/.ready ## the backend in llama-cpp-python, built from source (ten minutes, once)
+	paths=$$($(BIN)/python -c '$(PATHS)') && $(HOST)/bin/python tests/hosts/llama_cpp_python.py $$paths
+
+$(HOST)/.ready: constraints.txt | $(BIN)/pip
+	$(PYTHON) -m venv $(HOST)
+	$(LLAMA) --no-binary llama-cpp-python llama-cpp-python
+	@touch $@
 
 lint: $(READY) ## format, style, types, layers, C++ warnings
 	$(BIN)/ruff check

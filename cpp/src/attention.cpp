@@ -119,38 +119,40 @@ bool sparse(const Problem& p, const Options& options, KeyIndex* given, const Out
 // All keys are scored first, in pieces; then every row chooses and attends. This is dense attention too.
 bool few_rows(const Problem& p, const Options& options, ValueMeans* given, const Output& out,
               const SelectionOut* selection) {
-    constexpr int64_t kBlocksPerPiece = 16;
+    constexpr int64_t kBlocksPerPiece = 8;
     const Kernel& kernel = kernel_for(options.isa);
     const int64_t blocks = blocks_of(p.num_keys), pieces = (blocks + kBlocksPerPiece - 1) / kBlocksPerPiece;
     const int64_t heads = p.batch * p.kv_heads, rows = p.heads / p.kv_heads * p.num_queries;
     const bool tail = p.rule.centroid_tail && p.rule.top_k < p.num_keys && selection == nullptr;
     ValueMeans own;
-    ValueMeans& means = given ? *given : own;
-    if (tail) means.prepare(p);
-    const auto means_of = [&](int64_t h) {
-        return tail ? means.head(h / p.kv_heads, h % p.kv_heads) : HeadMeans{};
-    };
+    ValueMeans& kept = given ? *given : own;
+    if (tail) kept.prepare(p);
 
     const Options limited = for_work(options, products(p));
-    const int64_t row_floats = blocks * (kBlock + 1);
     const Workspaces workspaces(kernel, p, limited.num_threads,
-                                heads * rows * row_floats * static_cast<int64_t>(sizeof(float)));
-    const auto scores_of = [&](int64_t h, int64_t row) {
-        auto* scores = reinterpret_cast<float*>(workspaces.shared());
-        return Scores{scores + (h * rows + row) * blocks * kBlock,
-                      scores + heads * rows * blocks * kBlock + (h * rows + row) * blocks};
-    };
-    const bool scored = run(limited, heads * pieces, [&](int thread, int64_t task) {
-        const int64_t h = task / pieces, first = task % pieces * kBlocksPerPiece;
+                                heads * rows * blocks * (kBlock + 1) * static_cast<int64_t>(sizeof(float)));
+    auto* all_scores = reinterpret_cast<float*>(workspaces.shared());
+    float* all_sums = all_scores + heads * rows * blocks * kBlock;
+    std::vector<HeadMeans> means(static_cast<size_t>(heads));
+    std::vector<Scores> scores(static_cast<size_t>(heads));
+    for (int64_t h = 0; h < heads; ++h) {
+        const auto at = static_cast<size_t>(h);
+        if (tail) means[at] = kept.head(h / p.kv_heads, h % p.kv_heads);
+        scores[at] = {all_scores + h * rows * blocks * kBlock, all_sums + h * rows * blocks};
+    }
+    const bool scored = run(limited, p.batch * pieces, [&](int thread, int64_t task) {
+        const int64_t batch = task / pieces, first = task % pieces * kBlocksPerPiece;
         const int64_t last = first + kBlocksPerPiece < blocks ? first + kBlocksPerPiece : blocks;
-        const Tile tile = {h / p.kv_heads, h % p.kv_heads, 0, rows};
-        kernel.score_rows(p, means_of(h), tile, first, last, workspaces.of(thread), scores_of(h, 0));
+        kernel.score_rows(p, means.data() + batch * p.kv_heads, batch, first, last, workspaces.of(thread),
+                          scores.data() + batch * p.kv_heads);
     });
     return scored && run(limited, heads * rows, [&](int thread, int64_t task) {
                const int64_t h = task / rows, row = task % rows;
-               const Tile tile = {h / p.kv_heads, h % p.kv_heads, row, 1};
-               kernel.attend_scored(p, means_of(h).means, tile, workspaces.of(thread), scores_of(h, row), out,
-                                    selection);
+               const Scores& of_head = scores[static_cast<size_t>(h)];
+               const Scores of_row = {of_head.scores + row * blocks * kBlock, of_head.sums + row * blocks};
+               kernel.attend_scored(p, means[static_cast<size_t>(h)].means,
+                                    {h / p.kv_heads, h % p.kv_heads, row, 1}, workspaces.of(thread), of_row,
+                                    out, selection);
            });
 }
 

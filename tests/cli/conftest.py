@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -17,11 +18,12 @@ def _load_the_embedded_model_once() -> Iterator[None]:
     """Loading takes seconds; every command asks `open_engine` for the model."""
     real, loaded = base.open_engine, {}
 
-    def open_engine(name: str, model: str | None, *, threads: int | None = None) -> base.Engine:
+    def open_engine(name: str | None, model: str | None, **options: Any) -> base.Engine:
         if model is not None:
-            return real(name, model, threads=threads)
+            return real(name, model, **options)
+        name = name or base.default_engine(None)
         if name not in loaded:
-            loaded[name] = real(name, None, threads=threads)
+            loaded[name] = real(name, None, **options)
         return loaded[name]
 
     with pytest.MonkeyPatch.context() as patch:

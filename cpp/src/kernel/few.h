@@ -5,27 +5,41 @@
 namespace sparsek {
 namespace SPARSEK_KERNEL {
 
-// scores[16] of 16 keys with each of kRows queries.
-template <typename T, int kRows>
-inline void score16(const T* const* keys, const float* queries, int64_t query_stride, int64_t size,
+// scores[16] of 16 keys with each of kRows queries. kSize: the head size where it is a common one, else 0.
+template <typename T, int kRows, int kSize>
+inline void score16(const T* const* keys, const float* queries, int64_t query_stride, int64_t head_size,
                     float scale, float* scores, int64_t stride) {
+    const int64_t size = kSize > 0 ? kSize : head_size;
     F products[kRows][16];
     for (int i = 0; i < 16; ++i) {
         F acc[kRows];
         for (int r = 0; r < kRows; ++r) acc[r] = set1(0.0f);
+        const auto add = [&](F key, int64_t c) {
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) acc[r] = fma(load(queries + r * query_stride + c), key, acc[r]);
+        };
         int64_t c = 0;
-        for (; c + 16 <= size; c += 16) {
-            const F key = load(keys[i] + c);
-            for (int r = 0; r < kRows; ++r) acc[r] = fma(load(queries + r * query_stride + c), key, acc[r]);
-        }
-        if (c < size) {
-            const F key = load_n(keys[i] + c, size - c);
-            for (int r = 0; r < kRows; ++r) acc[r] = fma(load(queries + r * query_stride + c), key, acc[r]);
-        }
+#pragma GCC unroll 8
+        for (; c + 16 <= size; c += 16) add(load(keys[i] + c), c);
+        if (c < size) add(load_n(keys[i] + c, size - c), c);
         for (int r = 0; r < kRows; ++r) products[r][i] = acc[r];
     }
     // Scaled last: equal products stay equal, and ties go to the lower position.
     for (int r = 0; r < kRows; ++r) store(scores + r * stride, sums(products[r]) * set1(scale));
+}
+
+// The same for any number of rows.
+template <typename T, int kSize>
+inline void score_all(const T* const* keys, const float* queries, int64_t query_stride, int64_t rows,
+                      int64_t size, float scale, float* scores, int64_t stride) {
+    const auto step = [&](auto number, int64_t r) {
+        score16<T, number.value, kSize>(keys, queries + r * query_stride, query_stride, size, scale,
+                                        scores + r * stride, stride);
+    };
+    int64_t r = 0;
+    for (; r + 3 <= rows; r += 3) step(std::integral_constant<int, 3>{}, r);
+    if (rows - r == 2) step(std::integral_constant<int, 2>{}, r);
+    if (rows - r == 1) step(std::integral_constant<int, 1>{}, r);
 }
 
 // Changes whenever the block's keys change, but for an accident: a hash of the first 64 bytes of every key,
@@ -59,55 +73,80 @@ inline void update_mean(const Problem& p, const T* keys, const T* values, int64_
     means.known[b] = 1;
 }
 
-// See Kernel::score_rows.
 template <typename T>
-void score_rows(const Problem& p, const HeadMeans& means, const Tile& tile, int64_t first, int64_t last,
-                std::byte* workspace, const Scores& out) {
-    Arena arena(workspace);
-    const SparseWork w(p, arena);
-    Row rows[kFewRows];
-    load_rows(p, tile, w, rows);
-    uint64_t allowed[kFewRows];
+inline void prefetch(const T* row, int64_t size) {
+    const auto* bytes = reinterpret_cast<const std::byte*>(row);
+    for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(T)); i += 64)
+        __builtin_prefetch(bytes + i, 0, 2);
+}
+
+struct FewWork {
+    FewWork(const Problem& p, Arena& arena)
+        : blocks(blocks_of(p.num_keys)),
+          query_floats(round_up(p.head_size, 16)),
+          queries(arena.take<float>(p.heads * p.num_queries * query_floats)) {}
+
+    int64_t blocks, query_floats;
+    float* queries;  // [kv_heads, rows of each, query_floats]
+};
+
+// One block of one KV head with the head's rows.
+template <typename T>
+inline void score_block(const Problem& p, const HeadMeans& means, const Tile& tile, int64_t b,
+                        bool look_ahead, const FewWork& w, const float* queries, const Scores& out) {
+    const int64_t count = minimum(kBlock, p.num_keys - b * kBlock), stride = w.blocks * kBlock;
+    uint64_t any = 0;
+    bool whole = false;
+    for (int64_t r = 0; r < tile.num_rows; ++r) {
+        uint64_t allowed;
+        allowed_bits(p, tile.batch, row_of(p, tile, r), b, b + 1, &allowed);
+        any |= allowed;
+        whole |= allowed == ~0ull;
+    }
+    if (any == 0) return;
     const T* keys = head_of<T>(p.k, tile.batch, tile.kv_head);
-    const T* values = means.means ? head_of<T>(p.v, tile.batch, tile.kv_head) : nullptr;
-    const int64_t stride = w.padded_keys;
+    for (int64_t j = 0; j < count; j += 16) {
+        const T* key[16];
+        for (int64_t i = 0; i < 16; ++i) {
+            key[i] = keys + (b * kBlock + minimum(j + i, count - 1)) * p.k.token_stride;
+            if (look_ahead) prefetch(key[i] + kBlock * p.k.token_stride, p.head_size);
+        }
+        float* scores = out.scores + b * kBlock + j;
+        const auto score = [&](auto size) {
+            score_all<T, size.value>(key, queries, w.query_floats, tile.num_rows, p.head_size, p.scale,
+                                     scores, stride);
+        };
+        if (p.head_size == 64) {
+            score(std::integral_constant<int, 64>{});
+        } else if (p.head_size == 128) {
+            score(std::integral_constant<int, 128>{});
+        } else {
+            score(std::integral_constant<int, 0>{});
+        }
+    }
+    if (!whole || means.means == nullptr) return;
+    for (int64_t r = 0; r < tile.num_rows; ++r) {
+        const float* x = out.scores + r * stride + b * kBlock;
+        out.sums[r * w.blocks + b] = sum((load(x) + load(x + 16)) + (load(x + 32) + load(x + 48)));
+    }
+    update_mean(p, keys, head_of<T>(p.v, tile.batch, tile.kv_head), b, means);
+}
+
+// See Kernel::score_rows. Block by block, all heads of each: in a cache they lie side by side, and pages and
+// lines of memory are fetched once.
+template <typename T>
+void score_rows(const Problem& p, const HeadMeans* means, int64_t batch, int64_t first, int64_t last,
+                std::byte* workspace, const Scores* out) {
+    Arena arena(workspace);
+    const FewWork w(p, arena);
+    const int64_t rows = p.heads / p.kv_heads * p.num_queries, head_floats = rows * w.query_floats;
+    for (int64_t h = 0; h < p.kv_heads; ++h)
+        load_rows(p, {batch, h, 0, rows}, w.query_floats, w.queries + h * head_floats);
     for (int64_t b = first; b < last; ++b) {
-        const int64_t count = minimum(kBlock, p.num_keys - b * kBlock);
-        uint64_t any = 0;
-        bool whole = false;
-        for (int64_t r = 0; r < tile.num_rows; ++r) {
-            allowed_bits(p, tile.batch, rows[r], b, b + 1, allowed + r);
-            any |= allowed[r];
-            whole |= allowed[r] == ~0ull;
+        for (int64_t h = 0; h < p.kv_heads; ++h) {
+            score_block<T>(p, means[h], {batch, h, 0, rows}, b, b + 1 < last, w, w.queries + h * head_floats,
+                           out[h]);
         }
-        if (any == 0) continue;
-        for (int64_t j = 0; j < count; j += 16) {
-            const T* key[16];
-            for (int64_t i = 0; i < 16; ++i)
-                key[i] = keys + (b * kBlock + minimum(j + i, count - 1)) * p.k.token_stride;
-            for (int64_t r = 0; r < tile.num_rows;) {
-                const float* queries = w.queries + r * w.query_floats;
-                float* scores = out.scores + r * stride + b * kBlock + j;
-                const auto score = [&](auto number) {
-                    score16<T, number.value>(key, queries, w.query_floats, p.head_size, p.scale, scores,
-                                             stride);
-                    r += number.value;
-                };
-                if (tile.num_rows - r >= 3) {
-                    score(std::integral_constant<int, 3>{});
-                } else if (tile.num_rows - r == 2) {
-                    score(std::integral_constant<int, 2>{});
-                } else {
-                    score(std::integral_constant<int, 1>{});
-                }
-            }
-        }
-        if (!whole || means.means == nullptr) continue;
-        for (int64_t r = 0; r < tile.num_rows; ++r) {
-            const float* x = out.scores + r * stride + b * kBlock;
-            out.sums[r * w.blocks + b] = sum((load(x) + load(x + 16)) + (load(x + 32) + load(x + 48)));
-        }
-        update_mean(p, keys, values, b, means);
     }
 }
 

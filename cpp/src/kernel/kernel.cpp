@@ -42,10 +42,12 @@ void with_type(DType dtype, Function f) {
 }
 
 size_t workspace_size(const Problem& p) {
-    Arena sparse(nullptr), dense(nullptr);
+    Arena sparse(nullptr), few(nullptr), dense(nullptr);
     SparseWork(p, sparse);
+    if (p.heads / p.kv_heads * p.num_queries <= kFewRows) FewWork(p, few);
     DenseWork(p, dense);
-    return sparse.used() > dense.used() ? sparse.used() : dense.used();
+    const size_t larger = sparse.used() > few.used() ? sparse.used() : few.used();
+    return larger > dense.used() ? larger : dense.used();
 }
 
 void fit_any(const Problem& p, int64_t batch, int64_t kv_head, const HeadIndex& index, float* scratch) {
@@ -75,10 +77,10 @@ void sparse_any(const Problem& p, const HeadIndex& index, const Tile& tile, std:
     });
 }
 
-void score_any(const Problem& p, const HeadMeans& means, const Tile& tile, int64_t first, int64_t last,
-               std::byte* workspace, const Scores& out) {
+void score_any(const Problem& p, const HeadMeans* means, int64_t batch, int64_t first, int64_t last,
+               std::byte* workspace, const Scores* out) {
     with_type(p.dtype, [&](auto* type) {
-        score_rows<std::remove_pointer_t<decltype(type)>>(p, means, tile, first, last, workspace, out);
+        score_rows<std::remove_pointer_t<decltype(type)>>(p, means, batch, first, last, workspace, out);
     });
 }
 

@@ -42,7 +42,7 @@ struct HeadMeans {
     float* means;            // [blocks, value_size]
 };
 
-// The exact scores of some rows, before the softcap.
+// The exact scores of a KV head's rows, before the softcap.
 struct Scores {
     float* scores;  // [rows, padded keys]; only of blocks in which a row may see a key
     float* sums;    // [rows, blocks]; of blocks that some row may see wholly
@@ -79,10 +79,10 @@ struct Kernel {
     // `scores`: those of scan_tile from the tile's first row on, or null.
     void (*sparse_tile)(const Problem&, const HeadIndex&, const Tile&, std::byte* workspace, int16_t* scores,
                         const Output& out, const SelectionOut* selection);
-    // Few rows: the exact scores of a tile's rows, at most kFewRows, with the blocks [first, last), whose
-    // means are brought up to date.
-    void (*score_rows)(const Problem&, const HeadMeans&, const Tile&, int64_t first, int64_t last,
-                       std::byte* workspace, const Scores& out);
+    // Few rows: the exact scores of all rows, at most kFewRows for a KV head, with the blocks [first, last),
+    // whose means are brought up to date. means, out: [kv_heads].
+    void (*score_rows)(const Problem&, const HeadMeans* means, int64_t batch, int64_t first, int64_t last,
+                       std::byte* workspace, const Scores* out);
     // A tile of one row whose scores are known. `means`: of the values, or null for no tail.
     void (*attend_scored)(const Problem&, const float* means, const Tile&, std::byte* workspace,
                           const Scores& scored, const Output& out, const SelectionOut* selection);

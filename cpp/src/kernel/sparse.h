@@ -53,7 +53,7 @@ struct SparseWork {
           weights(arena.take<float>(padded_keys + 16)),
           tail(arena.take<float>(blocks + 16)),
           tail_sums(arena.take<float>(blocks + 16)),
-          queries(arena.take<float>(kFewRows * query_floats)),
+          queries(arena.take<float>(kTileRows * query_floats)),
           quantised(arena.take<int8_t>(kTileRows * query_bytes)),
           logarithms(arena.take<float>(kBlock + 1)),
           out(arena.take<float>(round_up(p.value_size, 16))) {}
@@ -510,13 +510,11 @@ inline Row row_of(const Problem& p, const Tile& tile, int64_t r) {
     return row;
 }
 
-// The tile's queries in float, padded with zeros.
-inline void load_rows(const Problem& p, const Tile& tile, const SparseWork& w, Row* rows) {
-    std::memset(w.queries, 0, static_cast<size_t>(tile.num_rows * w.query_floats) * sizeof(float));
-    for (int64_t r = 0; r < tile.num_rows; ++r) {
-        rows[r] = row_of(p, tile, r);
-        load_query(p, tile.batch, rows[r], w.queries + r * w.query_floats);
-    }
+// The tile's queries in float, padded with zeros to `stride` floats.
+inline void load_rows(const Problem& p, const Tile& tile, int64_t stride, float* queries) {
+    std::memset(queries, 0, static_cast<size_t>(tile.num_rows * stride) * sizeof(float));
+    for (int64_t r = 0; r < tile.num_rows; ++r)
+        load_query(p, tile.batch, row_of(p, tile, r), queries + r * stride);
 }
 
 // The tile's queries, in float and in 8 bits.
@@ -525,8 +523,9 @@ inline void prepare_rows(const Problem& p, const HeadIndex& index, const Tile& t
     float largest_norm = 0.0f;
     for (int64_t b = 0; b < w.blocks; ++b)
         largest_norm = index.norm[b] > largest_norm ? index.norm[b] : largest_norm;
-    load_rows(p, tile, w, rows);
+    load_rows(p, tile, w.query_floats, w.queries);
     for (int64_t r = 0; r < tile.num_rows; ++r) {
+        rows[r] = row_of(p, tile, r);
         quantise_query(p, index, largest_norm, w.queries + r * w.query_floats, rows + r,
                        w.quantised + r * w.query_bytes, w.query_bytes);
     }

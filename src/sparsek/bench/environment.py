@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import _core
 
-_PACKAGES = ("sparsek", "numpy", "torch", "transformers", "gguf", "triton")
+_PACKAGES = ("sparsek", "numpy", "torch", "transformers", "xllamacpp", "gguf", "triton")
 
 
 def environment() -> dict[str, Any]:

@@ -17,15 +17,17 @@ from .text import take_tokens
 from .timing import alternate, ratio
 
 VERIFY_LAYERS = 4  # of the model, spread over its depth
-VERIFY_ROWS = 32  # of each
+VERIFY_ONE_IN = 128  # query rows of each, but 8 of each call at least
 
 
 @dataclass(frozen=True)
 class BenchRecord:
     """One row: a test with one configuration. Speeds in tokens per second, samples in nanoseconds.
 
-    `top_k` 0 is the engine's own dense attention; `speedup` is over it, the median of paired repetitions,
-    with its quartiles. `verified_rows` attention rows were compared with the float64 reference, per head.
+    `top_k` 0 is the engine's own dense attention, which `backend` names; `speedup` is over it, the median of
+    paired repetitions, with its quartiles. `verified_rows` attention rows were compared with the float64
+    reference, per head.
+    `operations`: the attention operations of one repetition, by who computed them.
     """
 
     engine: str
@@ -47,6 +49,7 @@ class BenchRecord:
     speedup_high: float | None
     verified_rows: int
     max_abs_err: float | None
+    operations: dict[str, int]
     environment: dict[str, Any]
 
     @property
@@ -107,23 +110,33 @@ def bench(
             yield _record(engine, test, config, check, seconds, dense, threads)
 
 
-def _warm_up(engine: Engine, call: Callable[[], float], config: SparseKConfig | None) -> Verification | None:
-    """Make the call once, untimed, and verify some rows of some layers of it. None for dense attention,
-    which is the host's own."""
+@dataclass(frozen=True)
+class _Check:
+    """What the first, untimed call of a test showed. `verified`: None for dense attention, the host's own."""
+
+    verified: Verification | None
+    operations: dict[str, int]
+
+
+def _warm_up(engine: Engine, call: Callable[[], float], config: SparseKConfig | None) -> _Check:
+    """Make the call once, untimed, and verify some rows of some layers of it."""
     step = max(1, engine.num_layers // VERIFY_LAYERS)
     found: list[Verification] = []
 
-    def check(layer: int, problem: Problem, out: Any) -> None:
-        if layer % step == step - 1:
-            found.append(verify(problem, out, rows=VERIFY_ROWS))
+    def check(_layer: int, problem: Problem, out: Any) -> None:
+        found.append(verify(problem, out, rows=max(8, problem.num_queries // VERIFY_ONE_IN)))
 
-    with engine.observed(check):
+    before = engine.operations()
+    with engine.observed(check, range(step - 1, engine.num_layers, step)):
         call()
+    operations = {name: count - before[name] for name, count in engine.operations().items()}
     if config is None:
-        return None
-    if not found:
+        return _Check(None, operations)
+    ours = operations.get("sparse", 1) + operations.get("dense", 0)
+    if not found and ours:
         raise VerificationError("no attention of the model could be verified: is Sparse-K on in it?")
-    return Verification(sum(v.rows for v in found), max(v.max_abs_err for v in found))
+    worst = max((v.max_abs_err for v in found), default=0.0)
+    return _Check(Verification(sum(v.rows for v in found), worst), operations)
 
 
 def _timed(
@@ -138,13 +151,14 @@ def _record(
     engine: Engine,
     test: Test,
     config: SparseKConfig | None,
-    check: Verification | None,
+    check: _Check,
     seconds: list[float],
     dense: list[float] | None,
     threads: int,
 ) -> BenchRecord:
     speeds = [test.tokens / s for s in seconds]
-    compared = dense is not None and config is not None and check is not None
+    verified = check.verified
+    compared = dense is not None and config is not None and verified is not None
     faster = ratio(dense, seconds) if compared and dense is not None else (None, None, None)
     return BenchRecord(
         engine=engine.name,
@@ -154,7 +168,7 @@ def _record(
         n_depth=test.depth,
         top_k=0 if config is None else config.top_k if not isinstance(config.top_k, tuple) else "per layer",
         config=None if config is None else config.to_dict(),
-        backend="host" if config is None else "auto",
+        backend=engine.dense if config is None else "sparsek",
         isa=_core.isa(),
         n_threads=threads,
         avg_ts=statistics.fmean(speeds),
@@ -164,7 +178,8 @@ def _record(
         speedup=faster[0],
         speedup_low=faster[1],
         speedup_high=faster[2],
-        verified_rows=check.rows if check else 0,
-        max_abs_err=check.max_abs_err if check else None,
+        verified_rows=verified.rows if verified else 0,
+        max_abs_err=verified.max_abs_err if verified else None,
+        operations=check.operations,
         environment=environment(),
     )

@@ -12,9 +12,12 @@ import click
 
 COMMANDS: Final = {
     "run": "generate text",
+    "serve": "answer requests over HTTP",
     "bench": "speed of a model, dense beside Sparse-K",
     "bench-attention": "speed of the attention call alone",
     "eval": "what K costs in quality",
+    "annotate": "write the setting into a model file",
+    "ggml-backend": "the llama.cpp backend, and how to load it",
     "info": "processor, kernels, engines and what auto would choose",
 }
 # What a wrong input or a missing part raises; anything else is a defect and shows its traceback.

@@ -62,18 +62,24 @@ COLUMNS: Final[list[Column]] = [
 @click.option(
     "-r", "--repetitions", type=click.IntRange(1), default=3, show_default=True, help="Repetitions."
 )
+@click.option(
+    "--flash-attention/--no-flash-attention",
+    default=True,
+    help="The dense side: llama.cpp has two kinds of attention.  [default: on, the faster one]",
+)
 @click.option("--text", metavar="FILE", help="Text to make prompts of.  [default: Python's own manual]")
 @rule_options
 @common_options
 @output_option
 def command(
     model: str | None,
-    engine: str,
+    engine: str | None,
     prompts: list[int],
     generate: int,
     depths: list[int],
     top_k: list[TopK] | None,
     repetitions: int,
+    flash_attention: bool,
     text: str | None,
     threads: int | None,
     seed: int,  # noqa: ARG001
@@ -100,7 +106,7 @@ def command(
     if not planned:
         raise click.UsageError("nothing to measure: -p and -n are both 0")
     _, words = read_text(text)
-    opened = load(engine, model, threads)
+    opened = load(engine, model, threads, flash_attention=flash_attention)
     configs = make_configs(top_k, opened.model_config, **rule)
     if top_k is None:
         configs = [None, *configs]

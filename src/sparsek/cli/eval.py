@@ -44,7 +44,7 @@ COLUMNS: Final[list[Column]] = [
 @output_option
 def command(
     model: str | None,
-    engine: str,
+    engine: str | None,
     text: str | None,
     context: int,
     windows: int,

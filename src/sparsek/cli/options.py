@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,9 +71,7 @@ model_options = _stacked(
     click.option(
         "--engine",
         type=click.Choice(list(ENGINES)),
-        default="transformers",
-        show_default=True,
-        help="Engine.",
+        help="Engine.  [default: llama; for a model directory transformers]",
     ),
 )
 
@@ -147,26 +145,26 @@ def note_dense(configs: Sequence[SparseKConfig | None], contexts: Sequence[int])
         )
 
 
-def load(engine: str, model: str | None, threads: int | None) -> Engine:
+def load(
+    engine: str | None, model: str | None, threads: int | None, *, flash_attention: bool = True
+) -> Engine:
     """Open the engine, with a sign of life on stderr when that is a terminal."""
     from rich.console import Console
 
-    use_threads(threads)
+    threads = use_threads(threads)
     console = Console(stderr=True)
     waiting = console.status("loading the model") if console.is_terminal else contextlib.nullcontext()
     with waiting:
-        return base.open_engine(engine, model, threads=threads)
+        return base.open_engine(engine, model, threads=threads, flash_attention=flash_attention)
 
 
 def use_threads(threads: int | None) -> int:
-    """Set PyTorch's threads where a number is given, here or in SPARSEK_NUM_THREADS; returns the number in
-    use. A wrong SPARSEK_* variable is an error in every command that computes."""
-    import torch
-
+    """Set PyTorch's threads, where there is PyTorch, to the number given, or that in SPARSEK_NUM_THREADS, or
+    one per processor; returns it. A wrong SPARSEK_* variable is an error in every command that computes."""
     _core.isa()
-    from_environment = _core.num_threads()
-    if threads is None and "SPARSEK_NUM_THREADS" in os.environ:
-        threads = from_environment
-    if threads is not None:
+    threads = threads or _core.num_threads()
+    if find_spec("torch") is not None:
+        import torch
+
         torch.set_num_threads(threads)
-    return torch.get_num_threads()
+    return threads

@@ -32,7 +32,7 @@ from .options import Budgets, common_options, load, make_configs, model_options,
 @common_options
 def command(
     model: str | None,
-    engine: str,
+    engine: str | None,
     prompt: str | None,
     file: str | None,
     tokens: int,

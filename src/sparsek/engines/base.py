@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from ..config import SparseKConfig
@@ -16,8 +17,8 @@ Observer = Callable[[int, Problem, Any], None]
 
 # name, which is that of the extra too: module, class, and the package that it needs
 ENGINES: Final = {
-    "transformers": ("sparsek.engines.transformers", "TransformersEngine", "transformers"),
     "llama": ("sparsek.engines.llama", "LlamaEngine", "xllamacpp"),
+    "transformers": ("sparsek.engines.transformers", "TransformersEngine", "transformers"),
 }
 
 
@@ -25,7 +26,7 @@ class Engine(Protocol):
     """A loaded model. Everywhere `config` = None means the engine's own dense attention.
 
     Attributes:
-        name, version: of the engine. model: the model's name.
+        name, version: of the engine. model: the model's name. dense: its own dense attention, in words.
         num_layers, num_heads, num_parameters: of the model.
         context_length: the most tokens the model was made for.
         model_config: the Sparse-K configuration that the model file carries, or None.
@@ -34,6 +35,7 @@ class Engine(Protocol):
     name: str
     version: str
     model: str
+    dense: str
     num_layers: int
     num_heads: int
     num_parameters: int
@@ -62,24 +64,42 @@ class Engine(Protocol):
         """Next-token logits of every position, torch tensors [rows, vocabulary], some rows at a time. All
         attention runs before the first chunk comes."""
 
-    def observed(self, observer: Observer) -> AbstractContextManager[None]:
-        """Within the block, `observer` sees every Sparse-K attention."""
+    def observed(
+        self, observer: Observer, layers: Container[int] | None = None
+    ) -> AbstractContextManager[None]:
+        """Within the block, `observer` sees every Sparse-K attention, of all layers or those named."""
+
+    def operations(self) -> dict[str, int]:
+        """Attention operations so far, by who computed them: "sparse" and "dense" are ours, "host" the
+        engine's own. Empty where an engine does not count."""
 
 
-def open_engine(name: str, model: str | None, *, threads: int | None = None) -> Engine:
+def default_engine(model: str | None) -> str:
+    """The engine for a model: llama.cpp where it is installed, and Transformers for a model directory."""
+    of_directory = model is not None and Path(model).is_dir()
+    return "transformers" if of_directory or find_spec(ENGINES["llama"][2]) is None else "llama"
+
+
+def open_engine(
+    name: str | None, model: str | None, *, threads: int | None = None, flash_attention: bool = True
+) -> Engine:
     """Load a model.
 
     Args:
+        name: of the engine; None is `default_engine`.
         model: path of a GGUF file or of a Transformers directory; the embedded model when None.
+        flash_attention: whether dense attention is to be flash attention, in engines that have a choice.
 
     Raises:
         ValueError: unknown engine; what is loaded is not a model or is damaged. FileNotFoundError: no such
         model. ImportError: the engine is not installed.
     """
+    name = default_engine(model) if name is None else name
     if name not in ENGINES:
         raise ValueError(f"engine {name!r}: must be one of {', '.join(ENGINES)}")
     module, class_name, package = ENGINES[name]
     if find_spec(package) is None:
         raise ImportError(f"engine {name!r} is not installed: pip install 'sparsek[{name}]'")
-    engine: Engine = getattr(import_module(module), class_name)(model, threads=threads)
+    make = getattr(import_module(module), class_name)
+    engine: Engine = make(model, threads=threads, flash_attention=flash_attention)
     return engine

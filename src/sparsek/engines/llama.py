@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +17,7 @@ from .base import Observer
 from .model_file import find_model, read_gguf
 
 _BATCH: Final = 2048  # tokens handed over at once
+_MICRO_BATCH: Final = 512  # and those that llama.cpp computes at once
 _ERRORS: Final = 4  # ggml's level of log lines
 
 
@@ -34,6 +35,7 @@ class LlamaEngine:
         self.model_config = SparseKConfig.from_gguf_metadata(read_gguf(path))
         self._lib = lib = api.library()
         self._flash_attention = flash_attention
+        self.dense = f"flash attention {'on' if flash_attention else 'off'}"
         self._log: list[str] = []
         self._callback = api.LOG_CALLBACK(self._remember)  # kept: the library goes on calling it
         lib.llama_log_set(self._callback, None)
@@ -50,6 +52,7 @@ class LlamaEngine:
         self.num_parameters = lib.llama_model_n_params(self._model)
         self.context_length = lib.llama_model_n_ctx_train(self._model)
         self._vocabulary = lib.llama_vocab_n_tokens(self._vocab)
+        self._operations = 0
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         data = text.encode()
@@ -106,8 +109,15 @@ class LlamaEngine:
                 yield token
                 given = [token]
 
-    def observed(self, observer: Observer) -> contextlib.AbstractContextManager[None]:
-        return integration.observed(observer)
+    def observed(
+        self, observer: Observer, layers: Container[int] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        return integration.observed(observer, layers)
+
+    def operations(self) -> dict[str, int]:
+        counts = integration.counts()
+        taken = counts.sparse + counts.dense
+        return {"sparse": counts.sparse, "dense": counts.dense, "host": self._operations - taken}
 
     def logits(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[Any]:
         import torch
@@ -127,12 +137,14 @@ class LlamaEngine:
         return int(np.ctypeslib.as_array(scores, shape=(self._vocabulary,)).argmax())
 
     def _submit(self, context: _Context, tokens: Sequence[int], *, every_token: bool) -> None:
+        integration.configure(context.config)  # another context may have had its turn
         for start in range(0, len(tokens), _BATCH):
             part = tokens[start : start + _BATCH]
             wanted = (ctypes.c_int8 * len(part))(*([int(every_token)] * len(part)))
             wanted[-1] = 1
             batch = api.Batch(len(part), (ctypes.c_int32 * len(part))(*part), None, None, None, None, wanted)
             status = self._lib.llama_decode(context.value, batch)
+            self._operations += self.num_layers * -(-len(part) // _MICRO_BATCH)
             if status != 0:
                 raise RuntimeError(f"llama.cpp cannot decode ({status}): {self._last_error()}")
         self._lib.llama_synchronize(context.value)
@@ -146,12 +158,13 @@ class LlamaEngine:
         params = self._lib.llama_context_default_params()
         params.n_ctx = tokens
         params.n_batch = _BATCH
+        params.n_ubatch = _MICRO_BATCH
         params.n_threads = params.n_threads_batch = self._threads
         params.flash_attn_type = api.FLASH_ATTENTION[self._flash_attention or config is not None]
         context = self._lib.llama_init_from_model(self._model, params)
         if not context:
             raise ValueError(f"llama.cpp cannot make a context of {tokens} tokens: {self._last_error()}")
-        return _Context(self._lib, context)
+        return _Context(self._lib, context, config)
 
     def _remember(self, level: int, line: bytes, _data: Any) -> None:
         if level >= _ERRORS:
@@ -164,8 +177,8 @@ class LlamaEngine:
 class _Context:
     """A context of llama.cpp, freed when nothing refers to it any more."""
 
-    def __init__(self, lib: ctypes.CDLL, value: int) -> None:
-        self._lib, self.value = lib, value
+    def __init__(self, lib: ctypes.CDLL, value: int, config: SparseKConfig | None) -> None:
+        self._lib, self.value, self.config = lib, value, config
 
     def __del__(self) -> None:
         self._lib.llama_free(self.value)

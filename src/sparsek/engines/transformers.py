@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, Final
 
 import torch
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 
 from ..config import SparseKConfig
 from ..integrations import transformers as integration
+from ..problem import Problem
 from .base import Observer
 from .model_file import find_model, read_gguf
 
@@ -27,7 +28,14 @@ class TransformersEngine:
     name = "transformers"
     version = transformers.__version__
 
-    def __init__(self, model: str | None, *, threads: int | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: str | None,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        flash_attention: bool = True,  # noqa: ARG002  PyTorch decides
+    ) -> None:
         path = find_model(model)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -63,6 +71,7 @@ class TransformersEngine:
                 f"{name} is not supported, its configuration is unlike Llama's: {error}"
             ) from None
         self.num_parameters = int(self._model.num_parameters())
+        self.dense = str(config._attn_implementation)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text)["input_ids"])
@@ -110,8 +119,17 @@ class TransformersEngine:
                 return
             yield token
 
-    def observed(self, observer: Observer) -> contextlib.AbstractContextManager[None]:
-        return integration.observed(observer)
+    def observed(
+        self, observer: Observer, layers: Container[int] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        def of_layers(layer: int, problem: Problem, out: Any) -> None:
+            if layers is None or layer in layers:
+                observer(layer, problem, out)
+
+        return integration.observed(of_layers)
+
+    def operations(self) -> dict[str, int]:
+        return {}
 
     def logits(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[torch.Tensor]:
         hidden: list[torch.Tensor] = []

@@ -2,7 +2,7 @@
 
     library = ctypes.CDLL(path of the library that holds ggml)
     load_backend(library)                      # once, before the first model
-    configure(SparseKConfig(top_k=64))         # before the context is made
+    configure(SparseKConfig(top_k=64))         # when it is to be in force
 
 From then on the host gives its flash attention operations to Sparse-K; flash attention must be on. Programs
 that are not Python load the backend with GGML_BACKEND_PATH and read SPARSEK_TOP_K and its like.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from ctypes import c_char, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -85,7 +85,7 @@ def load_backend(host: ctypes.CDLL) -> None:
 
 
 def configure(config: SparseKConfig | None) -> None:
-    """What contexts made from now on keep; None leaves attention to the host.
+    """What every operation from now on keeps, in all contexts; None leaves attention to the host.
 
     Raises:
         ValueError: the backend does not take the configuration.
@@ -112,13 +112,13 @@ def counts() -> Counts:
 
 
 @contextlib.contextmanager
-def observed(observer: Observer) -> Iterator[None]:
-    """Call `observer` after every attention operation within the block: for measuring and verifying. What it
-    raises is raised at the end of the block."""
+def observed(observer: Observer, layers: Container[int] | None = None) -> Iterator[None]:
+    """Call `observer` after every attention operation within the block, of all layers or those named: for
+    measuring and verifying. What it raises is raised at the end of the block."""
     errors: list[BaseException] = []
 
     def seen(op: Any, layer: int, rule: Any) -> None:
-        if errors:
+        if errors or (layers is not None and layer not in layers):
             return
         try:
             problem, out = _problem(op.contents, rule)

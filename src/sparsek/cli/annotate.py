@@ -1,0 +1,58 @@
+"""`sparsek annotate`: write the Sparse-K setting into a model file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..config import TopK
+from .options import Budgets, make_configs, rule_options
+
+
+@click.command("annotate")
+@click.argument("source", metavar="IN.gguf")
+@click.argument("target", metavar="OUT.gguf")
+@click.option("-k", "--top-k", type=Budgets(), metavar="K", help='Keys kept per query: a number or "auto".')
+@rule_options
+@click.option("--remove", is_flag=True, help="Write a copy without sparsek.* metadata.")
+@click.option("--force", is_flag=True, help="Replace OUT.gguf if it exists.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def command(
+    source: str,
+    target: str,
+    top_k: list[TopK] | None,
+    remove: bool,
+    force: bool,
+    debug: bool,  # noqa: ARG001
+    **rule: Any,
+) -> None:
+    """Copy a GGUF file and write the setting into the copy, as sparsek.* metadata.
+
+    The commands that load the copy then use its setting, unless options say otherwise. What is not given here
+    takes its default, also where IN.gguf has a setting. The tensors and all other metadata stay as they are.
+
+    \b
+    Examples:
+      sparsek annotate model.gguf model-sparse.gguf -k 64
+      sparsek annotate model.gguf model-sparse.gguf --config tuned.json --force
+      sparsek annotate model-sparse.gguf model-plain.gguf --remove
+    """
+    from ..engines.annotate import annotate
+
+    if remove and (
+        top_k is not None or any(value is not None and value is not False for value in rule.values())
+    ):
+        raise click.UsageError("--remove takes no setting: leave out -k and the options of the rule")
+    if top_k is not None and len(top_k) != 1:
+        raise click.UsageError(f"-k {','.join(map(str, top_k))}: annotate takes one K")
+    (config,) = [None] if remove else make_configs(top_k, None, **rule)
+    if config is None and not remove:
+        raise click.UsageError("-k 0 is dense attention, which needs no setting: --remove takes it out")
+    removed = annotate(Path(source), Path(target), config, force=force)
+    click.echo(f"wrote {target}")
+    for name, value in (config.to_gguf_metadata() if config else {}).items():
+        click.echo(f"  {name} = {value}")
+    if remove:
+        click.echo(f"  removed: {', '.join(removed) or 'nothing, it has no sparsek.* metadata'}")

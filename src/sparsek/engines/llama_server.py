@@ -1,0 +1,159 @@
+"""llama.cpp's HTTP server, which the package xllamacpp carries, with Sparse-K as its attention."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from ..config import SparseKConfig
+from ..integrations import llama_cpp as integration
+from . import llama_api as api
+from .model_file import find_model, read_gguf
+
+_logger = logging.getLogger(__name__)
+_ERRORS, _INFORMATION = 1, 3  # levels of llama.cpp's log
+_LONGEST_DEFAULT: Final = 32768  # memory for the keys and values of the context is taken at the start
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM)
+_SILENCE: Final = api.LOG_CALLBACK(lambda _level, _line, _data: None)
+
+
+@dataclass(frozen=True)
+class ServableModel:
+    """A GGUF file: the most tokens it was made for, and the configuration that it carries, or None."""
+
+    path: Path
+    context_length: int
+    config: SparseKConfig | None
+
+    def context(self, wanted: int | None) -> int:
+        """Tokens of one request: `wanted`, or a default. Raises ValueError when the model has fewer."""
+        if wanted is None:
+            return min(self.context_length, _LONGEST_DEFAULT)
+        if wanted > self.context_length:
+            raise ValueError(f"{wanted} tokens are more than the model's context of {self.context_length}")
+        return wanted
+
+
+def read_model(model: str | None) -> ServableModel:
+    """Look at a model without loading it; the embedded one when `model` is None.
+
+    Raises:
+        FileNotFoundError, ValueError: as `find_model`. ImportError: xllamacpp is not installed.
+    """
+    if find_spec("xllamacpp") is None:
+        raise ImportError("the server is not installed: pip install 'sparsek[llama]'")
+    path = find_model(model)
+    if not path.is_file():
+        raise ValueError(f"the server needs a GGUF file: {path}")
+    metadata = read_gguf(path)
+    length = metadata.get(f"{metadata['general.architecture']}.context_length")
+    if not length:
+        raise ValueError(f"the GGUF file does not say how long a context its model takes: {path}")
+    return ServableModel(path, int(length), SparseKConfig.from_gguf_metadata(metadata))
+
+
+def start(
+    model: ServableModel,
+    config: SparseKConfig | None,
+    *,
+    host: str,
+    port: int,
+    context: int,
+    parallel: int,
+    threads: int | None,
+) -> Any:
+    """A server that answers in the background; it has a `listening_address`. `config` None leaves attention
+    to llama.cpp. While it loads, Ctrl-C and SIGTERM end the process at once.
+
+    Args:
+        port: 0 for any that is free.
+        context: tokens of one request, prompt and answer together.
+        parallel: requests answered at the same time; the others wait.
+
+    Raises:
+        OSError: the address cannot be listened on.
+        ImportError: xllamacpp does not take the backend. ValueError: llama.cpp cannot load the model.
+    """
+    import xllamacpp
+
+    _check_address(host, port)
+    _load_backend(config)
+    params = _params(model.path, host, port, context * parallel, parallel, threads)
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_DFL)  # Python's own handler would wait for the load
+    try:
+        return xllamacpp.Server(params)
+    except RuntimeError:
+        raise ValueError(f"llama.cpp cannot serve {model.path}: the lines above say why") from None
+
+
+def serve_until_signal() -> NoReturn:
+    """Wait for Ctrl-C or SIGTERM, then end the process with code 0.
+
+    The server is not asked to end: it would wait for ever for an answer that it has just broken off.
+    """
+    stopped = threading.Event()
+    for number in _ENDING:
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()
+    done = integration.counts()
+    _logger.debug(
+        "attention operations: %d with Sparse-K, %d with our dense kernel, %d given back to llama.cpp",
+        done.sparse,
+        done.dense,
+        done.by_host,
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _check_address(host: str, port: int) -> None:
+    """The server would only say that it could not start."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen()
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
+
+
+def _load_backend(config: SparseKConfig | None) -> None:
+    library = api.library()
+    if not _is_verbose():
+        library.llama_log_set(_SILENCE, None)  # until the server sets its own
+    try:
+        integration.load_backend(library)
+    except RuntimeError as error:
+        raise ImportError(str(error)) from None
+    integration.configure(config)
+
+
+def _params(path: Path, host: str, port: int, tokens: int, parallel: int, threads: int | None) -> Any:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.model_alias = {path.stem}  # the name in answers; it would be the whole path
+    params.hostnames, params.port = [host], port
+    params.n_ctx, params.n_parallel = tokens, parallel
+    params.fit_params = False  # it would make the context shorter without a word
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    for cpu in (params.cpuparams, params.cpuparams_batch):
+        cpu.n_threads = threads or integration.num_threads()
+    params.verbosity = _INFORMATION if _is_verbose() else _ERRORS
+    return params
+
+
+def _is_verbose() -> bool:
+    return _logger.isEnabledFor(logging.DEBUG)

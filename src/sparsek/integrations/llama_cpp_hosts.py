@@ -1,0 +1,59 @@
+"""How programs other than ours load the llama.cpp backend: what to paste, and the variables it reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from ..config import SparseKConfig
+from .llama_cpp import backend_path
+
+_PREFIX: Final = "SPARSEK_"
+_EXAMPLE: Final = f"{_PREFIX}TOP_K=64"
+_NATIVE: Final = "GGML_BACKEND_PATH={path} {example} {program}"
+_LLAMA_CPP_PYTHON: Final = """\
+import os, llama_cpp
+os.environ["SPARSEK_TOP_K"] = "64"
+llama_cpp.llama_cpp._lib.ggml_backend_load(b"{path}")
+llm = llama_cpp.Llama("model.gguf", n_ctx=8192, flash_attn=True)"""
+_XLLAMACPP: Final = """\
+import ctypes, os, pathlib, xllamacpp
+os.environ["SPARSEK_TOP_K"] = "64"
+(library,) = pathlib.Path(xllamacpp.__file__).parent.glob("xllamacpp*.so")
+ctypes.CDLL(str(library)).ggml_backend_load(b"{path}")
+params = xllamacpp.CommonParams()
+params.model.path = "model.gguf"
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+server = xllamacpp.Server(params)"""
+_HOSTS: Final = {
+    "llama-server": _NATIVE.format(
+        path="{path}", example=_EXAMPLE, program="llama-server -m model.gguf -fa on"
+    ),
+    "llama-bench": _NATIVE.format(
+        path="{path}", example=_EXAMPLE, program="llama-bench -m model.gguf -fa on -p 8192"
+    ),
+    "llama-cpp-python": _LLAMA_CPP_PYTHON,
+    "xllamacpp": _XLLAMACPP,
+}
+
+
+def installed_backend() -> Path:
+    """The backend's file. Raises FileNotFoundError when the package was built without it."""
+    path = backend_path()
+    if not path.is_file():
+        raise FileNotFoundError(f"the package was built without the llama.cpp backend: there is no {path}")
+    return path
+
+
+def instructions(path: Path) -> dict[str, str]:
+    """Host: the lines that load the backend at `path`, keep 64 keys and turn flash attention on."""
+    return {host: lines.format(path=path) for host, lines in _HOSTS.items()}
+
+
+def variables() -> dict[str, str]:
+    """Environment variable that the backend reads: its default."""
+    defaults = {
+        _PREFIX + name.rpartition(".")[2].upper(): str(value).removesuffix(",")
+        for name, value in SparseKConfig().to_gguf_metadata().items()
+    }
+    return {**defaults, f"{_PREFIX}CONFIG": "none"}

@@ -1,0 +1,189 @@
+"""`sparsek serve`: the server in a process of its own, and a client that speaks HTTP with it."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+pytest.importorskip("xllamacpp")
+
+from .conftest import Sparsek
+
+pytestmark = pytest.mark.model
+
+SECONDS = 120  # a machine that does other things too is slow
+CONTEXT = 4096
+
+
+class Served:
+    """A running `sparsek serve`; what it writes to stderr goes to a file, so that it never waits for us."""
+
+    def __init__(self, log: Path, *options: str) -> None:
+        self.log = log
+        command = [sys.executable, "-m", "sparsek", "serve", "--port", "0", "--debug", *options]
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("listening on http://127.0.0.1:"), log.read_text()
+        self.address = line.split()[-1]
+
+    def get(self, path: str) -> Any:
+        with urlopen(self.address + path, timeout=SECONDS) as answer:
+            return json.load(answer)
+
+    def chat(self, text: str, tokens: int = 8) -> dict[str, Any]:
+        with self.request(text, tokens) as answer:
+            result: dict[str, Any] = json.load(answer)
+        return result
+
+    def stream(self, text: str, tokens: int = 8) -> list[str]:
+        """The data of each event."""
+        with self.request(text, tokens, stream=True) as answer:
+            assert answer.headers["Content-Type"].startswith("text/event-stream")
+            lines = [line.decode().strip() for line in answer]
+        assert all(line.startswith("data: ") for line in lines if line)
+        return [line.removeprefix("data: ") for line in lines if line]
+
+    def request(self, text: str, tokens: int, **more: Any) -> Any:
+        body = {
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": tokens,
+            "temperature": 0,
+            **more,
+        }
+        request = Request(
+            f"{self.address}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        return urlopen(request, timeout=SECONDS)
+
+    def end(self, number: int = signal.SIGINT) -> tuple[int, float]:
+        """Exit code, and the seconds that it took."""
+        start = time.perf_counter()
+        self.process.send_signal(number)
+        code = self.process.wait(20)
+        return code, time.perf_counter() - start
+
+    def counts(self) -> tuple[int, ...]:
+        """Operations with Sparse-K, with our dense kernel, and given back; logged at the end."""
+        found = re.search(r"operations: (\d+) with Sparse-K, (\d+) .* (\d+) given back", self.log.read_text())
+        assert found
+        return tuple(map(int, found.groups()))
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Any]:
+    """Starts servers, and ends those that the test leaves."""
+    started: list[Served] = []
+
+    def start(*options: str) -> Served:
+        started.append(Served(tmp_path / f"{len(started)}.log", *options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.process.kill()
+        server.process.wait()
+
+
+def long_text(sentences: int) -> str:
+    return " ".join(f"Item {i} of the list is a box of {i * 7} apples." for i in range(sentences))
+
+
+def test_answers_with_sparse_k(served: Any) -> None:
+    server = served("-c", str(CONTEXT), "--parallel", "2", "-k", "64", "--min-context", "1024")
+    assert server.get("/health") == {"status": "ok"}
+    assert server.get("/v1/models")["data"][0]["id"] == "SmolLM2-135M-Instruct.Q4_1"
+
+    *chunks, last = server.stream("Who are you?", 16)
+    assert last == "[DONE]"
+    choices = [choice for chunk in chunks for choice in json.loads(chunk)["choices"]]
+    assert len("".join(choice["delta"].get("content") or "" for choice in choices)) > 16
+    assert [c["finish_reason"] for c in choices if c["finish_reason"]] in (["stop"], ["length"])
+
+    answer = server.chat(long_text(160) + " How many apples are there?")
+    assert 2500 < answer["usage"]["prompt_tokens"] < CONTEXT
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+    with ThreadPoolExecutor(2) as pool:
+        questions = ["What is two plus two?", "Write the word banana three times."]
+        sums, fruit = (a["choices"][0]["message"]["content"] for a in pool.map(server.chat, questions))
+    assert "two plus two" in sums.lower()
+    assert "banana" in fruit.lower()
+
+    with pytest.raises(HTTPError) as refused:
+        server.chat(long_text(400))
+    assert refused.value.code == 400
+    assert "context size" in json.load(refused.value)["error"]["message"]
+
+    code, seconds = server.end()
+    assert code == 0
+    assert seconds < 5
+    sparse, dense, by_host = server.counts()
+    assert sparse >= 29 * 3  # 29 of the model's 30 layers, in batches of 512 tokens
+    assert dense > 0
+    assert by_host == 0
+
+
+def test_dense_leaves_attention_to_llama_cpp(served: Any) -> None:
+    server = served("-c", "512", "-k", "0")
+    answer = server.chat("What is two plus two?")["choices"][0]["message"]["content"]
+    assert "two plus two" in answer.lower()
+    code, _ = server.end(signal.SIGTERM)
+    assert code == 0
+    assert server.counts() == (0, 0, 0)
+
+
+def test_ends_at_once_in_the_middle_of_an_answer(served: Any) -> None:
+    server = served("-c", str(CONTEXT), "-k", "64")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.chat, long_text(150), 500)
+        time.sleep(1)
+        code, seconds = server.end()
+        with pytest.raises((OSError, HTTPException)):  # the client sees that the connection was closed
+            asked.result()
+    assert code == 0
+    assert seconds < 10
+
+
+def test_port_in_use(sparsek_fails: Sparsek) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        line = sparsek_fails("serve", "--port", port, "-c", "512", "-k", "0")
+    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-m", "/no/such.gguf"], "no such model: '/no/such.gguf'"),
+        (["-c", "9000"], "9000 tokens are more than the model's context of 8192"),
+        (["-c", "0"], "0 is not in the range"),
+        (["-k", "32,64"], "-k 32,64: serve takes one K"),
+        (["--parallel", "0"], "0 is not in the range"),
+        (["--port", "70000"], "70000 is not in the range"),
+        (["--host", "no.such.host"], "cannot listen on no.such.host, port 8080"),
+        (["--sinks", "-1"], "sinks = -1: must be an integer from 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_error_line(sparsek_fails: Sparsek, arguments: list[str], message: str) -> None:
+    assert message in sparsek_fails("serve", *arguments)
