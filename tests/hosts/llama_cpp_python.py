@@ -1,0 +1,81 @@
+"""llama-cpp-python, built from its source package, with the Sparse-K backend: `make test-llama-cpp-python`.
+
+    python llama_cpp_python.py libggml-sparsek.so model.gguf
+
+It needs nothing of the package sparsek: this is how a program uses the library alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pydoc_data.topics import topics
+
+import llama_cpp
+
+KEEP_ALL = b"""{"top_k": 2147483647, "sinks": 0, "window": 0, "tail": "none", "dense_layers": [],
+                "min_context": 0}"""
+SPARSE = b'{"top_k": 64, "min_context": 0}'
+OFF = b'{"top_k": 0}'
+
+
+class Backend:
+    """The loaded backend: its settings and counts."""
+
+    def __init__(self, path: str) -> None:
+        load = llama_cpp.llama_cpp._lib.ggml_backend_load
+        load.restype, load.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+        if not load(path.encode()):
+            sys.exit(f"llama-cpp-python {llama_cpp.__version__} did not load {path}")
+        self._lib = ctypes.CDLL(path)
+        self._lib.sparsek_configure.restype = ctypes.c_char_p
+
+    def configure(self, settings: bytes) -> None:
+        problem = self._lib.sparsek_configure(settings)
+        assert problem is None, problem
+
+    def counts(self) -> tuple[int, int, int]:
+        """With Sparse-K, with our dense kernel, by the host."""
+        values = (ctypes.c_int64 * 3)()
+        self._lib.sparsek_counts(values)
+        return values[0], values[1], values[2]
+
+
+def generate(model: str, prompt: str | list[int], count: int) -> str:
+    llama = llama_cpp.Llama(model, n_ctx=4096, n_threads=2, n_threads_batch=2, flash_attn=True, verbose=False)
+    text: str = llama(prompt, max_tokens=count, temperature=0.0)["choices"][0]["text"]
+    llama.close()
+    return text
+
+
+def main(backend_path: str, model: str) -> None:
+    backend = Backend(backend_path)
+    short = "The capital of France is"
+    tokens = llama_cpp.Llama(model, vocab_only=True, verbose=False).tokenize(
+        "\n".join(topics.values())[:20_000].encode()
+    )[:2000]
+
+    backend.configure(OFF)
+    expected = generate(model, short, 24)
+    assert backend.counts() == (0, 0, 0), backend.counts()
+    print(f"host:            {expected!r}")
+
+    backend.configure(KEEP_ALL)
+    kept = generate(model, short, 24)
+    sparse, dense, by_host = backend.counts()
+    print(f"keep everything: {kept!r}, {dense} operations")
+    assert kept == expected
+    assert dense > 0
+    assert (sparse, by_host) == (0, 0)
+
+    backend.configure(SPARSE)
+    text = generate(model, tokens, 16)
+    sparse, _, by_host = backend.counts()
+    print(f"2000 tokens:     {text!r}, {sparse} operations")
+    assert text.strip()
+    assert sparse > 0
+    assert by_host == 0
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
