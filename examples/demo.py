@@ -103,10 +103,11 @@ def table(
 
 def verdict(prompts: Sequence[BenchRecord]) -> str:
     chosen = prompts[1 + BUDGETS.index(CHOSEN)]
+    spread = f"median of {REPETITIONS} pairs, {chosen.speedup_low:.2f} to {chosen.speedup_high:.2f}"
     return (
         f"With K = {CHOSEN} this prompt is processed {chosen.speedup:.2f} times as fast as with dense\n"
-        f"attention (median of {REPETITIONS} pairs, {chosen.speedup_low:.2f} to {chosen.speedup_high:.2f}). "
-        "Most of the time goes into the rest\nof the model, whose cost per token does not grow; attention's does. By default prompts under\n"
+        f"attention ({spread}). Most of the time goes into the rest of the model,\n"
+        "whose cost per token does not grow; attention's does. By default prompts under\n"
         f"{SparseKConfig().min_context} tokens stay dense; here Sparse-K is shown at work (min_context = 0)."
     )
 

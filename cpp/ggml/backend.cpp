@@ -43,6 +43,7 @@ struct State {
     Settings settings;  // read where a context is made and where an operation runs
     std::atomic<bool> disabled{false};
     std::atomic<Observer> observer{nullptr};
+    std::string last_error;  // of the host's log
     std::atomic<int64_t> sparse{0}, dense{0}, by_host{0};
     Registry registry{};
     Device device{};
@@ -315,6 +316,22 @@ SPARSEK_EXPORT const char* sparsek_configure(const char* json) {
 // Calls the observer after every operation; null ends it.
 SPARSEK_EXPORT void sparsek_observe(sparsek::ggml::Observer observer) {
     sparsek::ggml::state().observer = observer;
+}
+
+// A log callback for the host that keeps quiet: the last error is kept. In C++, for a callback in Python
+// would lose a Ctrl-C that comes while it runs.
+SPARSEK_EXPORT void sparsek_log(int level, const char* text, void*) {
+    constexpr int kError = 4;
+    const std::lock_guard lock(sparsek::ggml::state().mutex);
+    if (level == kError) sparsek::ggml::state().last_error = text;
+}
+
+// Until the next call.
+SPARSEK_EXPORT const char* sparsek_last_error() {
+    static thread_local std::string copy;
+    const std::lock_guard lock(sparsek::ggml::state().mutex);
+    copy = sparsek::ggml::state().last_error;
+    return copy.c_str();
 }
 
 // How many operations were computed with Sparse-K, with our dense kernel, and by the host for us.

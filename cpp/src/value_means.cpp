@@ -17,6 +17,8 @@ struct ValueMeans::Storage {
           known(allocate<uint8_t>(heads * capacity)),
           means(allocate<float>(heads * capacity * size)) {
         std::memset(known.get(), 0, static_cast<size_t>(heads * capacity));
+        // Blocks that are not whole have no mean, but a weight of 0 that is multiplied by one.
+        std::memset(means.get(), 0, static_cast<size_t>(heads * capacity * size) * sizeof(float));
     }
 
     int64_t heads, kv_heads, size, capacity;

@@ -25,7 +25,7 @@ from .conftest import Sparsek
         (["run", "-p", "x", "-k", "-3"], "'-3' is not a K"),
         (["run", "-p", "x", "-n", "0"], "0 is not in the range"),
         (["run", "-p", "x", "-m", "/no/such.gguf"], "no such model: '/no/such.gguf'"),
-        (["run", "-f", "/no/such.txt"], "No such file or directory: '/no/such.txt'"),
+        (["run", "-f", "/no/such.txt"], "No such file or directory: /no/such.txt"),
         (["run", "-p", "x", "--engine", "abacus"], "'abacus' is not one of"),
         (["run", "-p", "x", "--sinks", "-1"], "sinks = -1: must be an integer from 0"),
         (["run", "-p", "x", "--tail", "cut"], "'cut' is not one of"),

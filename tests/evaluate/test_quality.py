@@ -61,13 +61,13 @@ def test_retained_mass_of_a_case_worked_by_hand() -> None:
     q = torch.ones(1, 1, 1, 1)
     k = torch.tensor([0.0, 1.0, 2.0]).view(1, 1, 3, 1)
     problem = make_problem(q, k, k, config=SparseKConfig.pure(1), scale=1.0)
-    mass, kept = retained_mass(problem)
+    mass, kept, rows = retained_mass(problem)
     e = torch.tensor(1.0).exp().item()
     assert mass == pytest.approx(e**2 / (1 + e + e**2))
-    assert kept == 1
+    assert (kept, rows) == (1, 1)
 
 
 def test_retained_mass_of_rows_that_see_nothing() -> None:
     q = k = torch.ones(1, 1, 2, 1)
     mask = torch.tensor([[False, False], [True, True]])
-    assert retained_mass(make_problem(q, k, k, config=SparseKConfig.pure(1), attn_mask=mask)) == (0.25, 0.5)
+    assert retained_mass(make_problem(q, k, k, config=SparseKConfig.pure(1), attn_mask=mask)) == (0.5, 1, 2)

@@ -61,8 +61,8 @@ class Engine(Protocol):
         token comes when the prompt has been processed."""
 
     def logits(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[Any]:
-        """Next-token logits of every position, torch tensors [rows, vocabulary], some rows at a time. All
-        attention runs before the first chunk comes."""
+        """Next-token logits of every position, torch tensors [rows, vocabulary], some rows at a time. Their
+        attention runs before each chunk comes, or all before the first; several may be read in turns."""
 
     def observed(
         self, observer: Observer, layers: Container[int] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
+import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, Final
 
@@ -16,9 +17,7 @@ from . import llama_api as api
 from .base import Observer
 from .model_file import find_model, read_gguf
 
-_BATCH: Final = 2048  # tokens handed over at once
-_MICRO_BATCH: Final = 512  # and those that llama.cpp computes at once
-_ERRORS: Final = 4  # ggml's level of log lines
+_BATCH: Final = 512  # tokens handed over at once, between which Ctrl-C is obeyed
 
 
 class LlamaEngine:
@@ -36,14 +35,15 @@ class LlamaEngine:
         self._lib = lib = api.library()
         self._flash_attention = flash_attention
         self.dense = f"flash attention {'on' if flash_attention else 'off'}"
-        self._log: list[str] = []
-        self._callback = api.LOG_CALLBACK(self._remember)  # kept: the library goes on calling it
-        lib.llama_log_set(self._callback, None)
+        integration.keep_log(lib.llama_log_set)
         integration.load_backend(lib)
         self._threads = threads or integration.num_threads()
         self._model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
         if not self._model:
-            raise ValueError(f"llama.cpp cannot load {path}: {self._last_error()}")
+            raise ValueError(f"llama.cpp cannot load {path}: {integration.last_error()}")
+        weakref.finalize(
+            self, lib.llama_model_free, self._model
+        ).atexit = False  # contexts may be there still
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.version = lib.ggml_version().decode()
         self.model = path.stem
@@ -144,9 +144,9 @@ class LlamaEngine:
             wanted[-1] = 1
             batch = api.Batch(len(part), (ctypes.c_int32 * len(part))(*part), None, None, None, None, wanted)
             status = self._lib.llama_decode(context.value, batch)
-            self._operations += self.num_layers * -(-len(part) // _MICRO_BATCH)
+            self._operations += self.num_layers
             if status != 0:
-                raise RuntimeError(f"llama.cpp cannot decode ({status}): {self._last_error()}")
+                raise RuntimeError(f"llama.cpp cannot decode ({status}): {integration.last_error()}")
         self._lib.llama_synchronize(context.value)
 
     @contextlib.contextmanager
@@ -157,28 +157,22 @@ class LlamaEngine:
         integration.configure(config)
         params = self._lib.llama_context_default_params()
         params.n_ctx = tokens
-        params.n_batch = _BATCH
-        params.n_ubatch = _MICRO_BATCH
+        params.n_batch = params.n_ubatch = _BATCH
         params.n_threads = params.n_threads_batch = self._threads
         params.flash_attn_type = api.FLASH_ATTENTION[self._flash_attention or config is not None]
         context = self._lib.llama_init_from_model(self._model, params)
         if not context:
-            raise ValueError(f"llama.cpp cannot make a context of {tokens} tokens: {self._last_error()}")
-        return _Context(self._lib, context, config)
-
-    def _remember(self, level: int, line: bytes, _data: Any) -> None:
-        if level >= _ERRORS:
-            self._log.append(line.decode(errors="replace").strip())
-
-    def _last_error(self) -> str:
-        return self._log[-1] if self._log else "no reason given"
+            raise ValueError(
+                f"llama.cpp cannot make a context of {tokens} tokens: {integration.last_error()}"
+            )
+        return _Context(self, context, config)
 
 
 class _Context:
-    """A context of llama.cpp, freed when nothing refers to it any more."""
+    """A context of llama.cpp, freed when nothing refers to it any more; the model lives at least as long."""
 
-    def __init__(self, lib: ctypes.CDLL, value: int, config: SparseKConfig | None) -> None:
-        self._lib, self.value, self.config = lib, value, config
+    def __init__(self, engine: LlamaEngine, value: int, config: SparseKConfig | None) -> None:
+        self._engine, self.value, self.config = engine, value, config
 
     def __del__(self) -> None:
-        self._lib.llama_free(self.value)
+        self._engine._lib.llama_free(self.value)

@@ -93,11 +93,10 @@ class Batch(ctypes.Structure):
     ]
 
 
-LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
 # name: (result, arguments)
 _FUNCTIONS: Final = {
     "ggml_version": (c_char_p, []),
-    "llama_log_set": (None, [LOG_CALLBACK, c_void_p]),
+    "llama_log_set": (None, [c_void_p, c_void_p]),
     "llama_model_default_params": (ModelParams, []),
     "llama_context_default_params": (ContextParams, []),
     "llama_model_load_from_file": (c_void_p, [c_char_p, ModelParams]),

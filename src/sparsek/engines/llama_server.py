@@ -22,7 +22,6 @@ _logger = logging.getLogger(__name__)
 _ERRORS, _INFORMATION = 1, 3  # levels of llama.cpp's log
 _LONGEST_DEFAULT: Final = 32768  # memory for the keys and values of the context is taken at the start
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM)
-_SILENCE: Final = api.LOG_CALLBACK(lambda _level, _line, _data: None)
 
 
 @dataclass(frozen=True)
@@ -131,11 +130,8 @@ def _check_address(host: str, port: int) -> None:
 def _load_backend(config: SparseKConfig | None) -> None:
     library = api.library()
     if not _is_verbose():
-        library.llama_log_set(_SILENCE, None)  # until the server sets its own
-    try:
-        integration.load_backend(library)
-    except RuntimeError as error:
-        raise ImportError(str(error)) from None
+        integration.keep_log(library.llama_log_set)  # until the server sets its own
+    integration.load_backend(library)
     integration.configure(config)
 
 

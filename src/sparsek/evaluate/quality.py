@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..kernels import reference
 from ..problem import Problem
 from ..verify import sample
 
-MASS_ROWS = 128  # rows of each head and layer on which the retained mass is measured
+MASS_ONE_IN = 64  # rows of each head and layer on which the retained mass is measured, but 8 at least
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ class _Sums:
     kl: float = 0.0
     same: int = 0
     tokens: int = 0
-    mass: list[float] = field(default_factory=list)
-    kept: list[float] = field(default_factory=list)
+    mass: float = 0.0
+    kept: int = 0
+    rows: int = 0
 
     def add(self, dense: torch.Tensor, sparse: torch.Tensor, following: torch.Tensor) -> None:
         """Add log-probabilities [rows, vocabulary] and the tokens [rows] that really followed."""
@@ -70,9 +71,10 @@ class _Sums:
 
     def observe(self, _layer: int, problem: Problem, _out: Any) -> None:
         if not problem.keeps_all:
-            mass, kept = retained_mass(problem)
-            self.mass.append(mass)
-            self.kept.append(kept)
+            mass, kept, rows = retained_mass(problem)
+            self.mass += mass
+            self.kept += kept
+            self.rows += rows
 
 
 def evaluate(
@@ -118,9 +120,9 @@ def _evaluate_window(
     sums: list[_Sums],
     advance: Callable[[], None],
 ) -> None:
-    passes = [_started(engine, tokens, None, None, advance)]
+    passes = [_pass(engine, tokens, None, None, advance)]
     for config, total in zip(configs, sums, strict=True):
-        passes.append(_started(engine, tokens, config, total, advance))
+        passes.append(_pass(engine, tokens, config, total, advance))
     following = torch.tensor(tokens[1:])
     for chunks in zip(*passes, strict=True):
         dense, *sparse = (chunk[: len(following)].log_softmax(-1) for chunk in chunks)
@@ -129,36 +131,45 @@ def _evaluate_window(
             total.add(dense, chunk, picked)
 
 
-def _started(
+def _pass(
     engine: Engine,
     tokens: list[int],
     config: SparseKConfig | None,
     total: _Sums | None,
     advance: Callable[[], None],
 ) -> Iterator[torch.Tensor]:
-    """The logits of one pass, its attention done and observed."""
+    """The logits of one pass, its attention observed."""
     chunks = engine.logits(tokens, config)
-    if total is None:
-        first = next(chunks)
-    else:
-        with engine.observed(total.observe):
-            first = next(chunks)
+    while True:
+        with contextlib.nullcontext() if total is None else engine.observed(total.observe):
+            chunk = next(chunks, None)
+        if chunk is None:
+            break
+        yield chunk
     advance()
-    return itertools.chain([first], chunks)
 
 
-def retained_mass(p: Problem, rows: int = MASS_ROWS) -> tuple[float, float]:
-    """The share of the dense softmax that falls on the kept keys, and their number: means over about
-    `rows` sampled rows of every head."""
+def retained_mass(p: Problem) -> tuple[float, int, int]:
+    """The share of the dense softmax that falls on the kept keys, and their number, both added up over
+    sampled rows of every head; and the number of these."""
     mass, kept, count = 0.0, 0, 0
-    for block in sample(p.num_queries, rows):
+    p = _on_torch(p)
+    for block in sample(p.num_queries, max(8, p.num_queries // MASS_ONE_IN)):
         for chunk in reference.chunks(p.rows(block)):
             scores = torch.where(chunk.allowed, chunk.scores, -math.inf)
             shares = torch.where(chunk.kept, scores.softmax(-1), 0.0)
             mass += float(shares.nansum())  # a row with no allowed key has no mass to retain
             kept += int(chunk.kept.sum())
             count += chunk.kept[..., 0].numel()
-    return mass / count, kept / count
+    return mass, kept, count
+
+
+def _on_torch(p: Problem) -> Problem:
+    """The problem on torch tensors."""
+    if isinstance(p.q, torch.Tensor):
+        return p
+    q, k = torch.from_numpy(p.q), torch.from_numpy(p.k)
+    return replace(p, q=q, k=k, v=None, mask=None if p.mask is None else torch.tensor(p.mask))
 
 
 def _record(
@@ -178,11 +189,7 @@ def _record(
         ppl_ratio=sparse / dense,
         kl_mean=total.kl / total.tokens,
         same_top=total.same / total.tokens,
-        mass_mean=_mean(total.mass),
-        kept_mean=_mean(total.kept),
+        mass_mean=total.mass / total.rows if total.rows else None,
+        kept_mean=total.kept / total.rows if total.rows else None,
         environment=environment(),
     )
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None

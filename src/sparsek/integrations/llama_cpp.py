@@ -73,15 +73,14 @@ def load_backend(host: ctypes.CDLL) -> None:
 
     Raises:
         FileNotFoundError: the package was built without the backend.
-        RuntimeError: the host refused it; the reason is on stderr, for it is the host who asked.
+        ImportError: the host refused it; the reason is on stderr, for it is the host who asked.
     """
+    _library()  # is missing in words of ours
     path = backend_path()
-    if not path.exists():
-        raise FileNotFoundError(f"the llama.cpp backend is missing: {path}")
     host.ggml_backend_load.restype = ctypes.c_void_p
     host.ggml_backend_load.argtypes = [ctypes.c_char_p]
     if not host.ggml_backend_load(str(path).encode()):
-        raise RuntimeError("llama.cpp did not load the Sparse-K backend: the line above says why")
+        raise ImportError("llama.cpp did not load the Sparse-K backend: the line above says why")
 
 
 def configure(config: SparseKConfig | None) -> None:
@@ -97,6 +96,18 @@ def configure(config: SparseKConfig | None) -> None:
     problem = library.sparsek_configure(text.encode())
     if problem is not None:
         raise ValueError(problem.decode())
+
+
+def keep_log(set_log: Callable[[Any, None], Any]) -> None:
+    """Silence the host's log, but for `last_error`. `set_log`: the host's llama_log_set."""
+    set_log(ctypes.cast(_library().sparsek_log, ctypes.c_void_p), None)
+
+
+def last_error() -> str:
+    """The last error in the host's log, after `keep_log`."""
+    library = _library()
+    library.sparsek_last_error.restype = ctypes.c_char_p
+    return str(library.sparsek_last_error().decode(errors="replace").strip()) or "no reason given"
 
 
 def num_threads() -> int:
@@ -173,4 +184,7 @@ def _array(t: Tensor) -> np.ndarray[Any, Any]:
 
 @cache
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(backend_path()))
+    path = backend_path()
+    if not path.exists():
+        raise FileNotFoundError(f"the llama.cpp backend is missing: {path}")
+    return ctypes.CDLL(str(path))
