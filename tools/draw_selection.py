@@ -32,7 +32,7 @@ def main() -> None:
     tokens = engine.encode(SENTENCE)
     captured: dict[int, Problem] = {}
     with engine.observed(lambda layer, problem, _out: captured.update({layer: problem})):
-        engine.prompt_seconds(tokens, SparseKConfig.pure(10_000))
+        list(engine.prompt(tokens, SparseKConfig.pure(10_000)))
     q, k = captured[LAYER].q, captured[LAYER].k
     key = k[:, HEAD // (q.shape[1] // k.shape[1])]
     scores = (q[:, HEAD] @ key.transpose(-1, -2) * q.shape[-1] ** -0.5)[0]

@@ -9,7 +9,12 @@
 
 namespace sparsek::ggml {
 
-enum Type : int { kF32 = 0, kF16 = 1, kBF16 = 30 };
+enum Type : int { kF32 = 0, kF16 = 1, kQ8 = 8, kBF16 = 30 };  // kQ8: Q8_0
+constexpr int64_t kQ8Block = 32;  // numbers in a block of Q8_0, and its bytes
+constexpr size_t kQ8Bytes = 34;
+
+using Unused = void (*)();
+
 enum class DeviceType : int { cpu, gpu, igpu, accelerator };
 enum class GraphStatus : int { failed = -1, success = 0 };
 
@@ -31,6 +36,16 @@ struct Tensor {
 };
 static_assert(sizeof(Tensor) == 336);
 
+struct TypeTraits {
+    const char* name;
+    int64_t block_size;  // numbers in a block
+    int64_t interleaved;
+    size_t bytes;  // of a block
+    bool is_quantized;
+    void (*to_float)(const void* from, float* to, int64_t count);
+    Unused from_float;
+};
+
 struct Graph;       // opaque
 struct BufferType;  // opaque
 struct Device;
@@ -50,8 +65,6 @@ struct Properties {
     const char* id;
     Capabilities capabilities;
 };
-
-using Unused = void (*)();
 
 struct Backend {
     const uint8_t (*guid)[16];

@@ -66,6 +66,7 @@ struct Stream {
     int threads = 1;
     Isa isa = Isa::portable;
     std::unordered_map<const void*, ValueMeans> means;  // by where the values lie: one for each layer
+    std::vector<float> room;                            // for what is unpacked
 };
 
 // ---- Computing
@@ -97,12 +98,26 @@ bool compute_by_host(const Tensor* op) {
     return good;
 }
 
+Status compute_here(const Tensor* op, const Operation& operation, const Options& options, Stream& stream) {
+    if (!is_packed(op)) {
+        ValueMeans* means = &stream.means[op->src[2]->data];
+        return attention(operation.problem, options, operation.out, nullptr, means);
+    }
+    const Problem& p = operation.problem;
+    for (int64_t i = 0; i < p.batch * p.kv_heads; ++i) {
+        const Operation head =
+            unpacked(*state().host, op, operation, i / p.kv_heads, i % p.kv_heads, stream.room);
+        const Status status = attention(head.problem, options, head.out, nullptr, nullptr);
+        if (status != Status::done) return status;
+    }
+    return Status::done;
+}
+
 bool compute(const Tensor* op, const Settings& settings, Stream& stream) {
     const Operation operation = operation_of(op, settings);
     Options options = {stream.threads, stream.isa};
     if (state().host->gomp_parallel != nullptr) options.parallel = parallel;
-    ValueMeans* means = &stream.means[op->src[2]->data];
-    if (attention(operation.problem, options, operation.out, nullptr, means) == Status::bad_mask) {
+    if (compute_here(op, operation, options, stream) == Status::bad_mask) {
         ++state().by_host;
         return compute_by_host(op);
     }
@@ -238,9 +253,10 @@ Backend* make_backend(Device* device, const char*) {
 BufferType* buffer_type(Device*) { return state().host->cpu_buffer_type; }
 
 bool supports_op(Device*, const Tensor* op) {
-    if (state().disabled) return false;
+    // The host asks for every operation of every graph, several times: the settings come last.
+    if (!is_supported(*state().host, op) || state().disabled) return false;
     const Settings settings = current_settings();
-    return !settings.off() && is_supported(*state().host, op) && is_worthwhile(op, settings);
+    return !settings.off() && is_worthwhile(op, settings);
 }
 
 bool supports_buffer_type(Device*, BufferType* type) { return state().host->is_host_buffer(type); }

@@ -56,8 +56,10 @@ std::unique_ptr<Host> find_host(const void* caller) {
 
     BufferType* (*cpu_buffer_type)() = nullptr;
     const char* (*op_name)(int) = nullptr;
+    const TypeTraits* (*type_traits)(int) = nullptr;
     function(&cpu_buffer_type, "ggml_backend_cpu_buffer_type");
     function(&op_name, "ggml_op_name");
+    function(&type_traits, "ggml_get_type_traits");
     function(&host->is_host_buffer, "ggml_backend_buft_is_host");
     function(&host->graph_size, "ggml_graph_n_nodes");
     function(&host->graph_node, "ggml_graph_node");
@@ -71,6 +73,10 @@ std::unique_ptr<Host> find_host(const void* caller) {
     function(&host->free_backend, "ggml_backend_free");
     function(&host->compute, "ggml_backend_graph_compute");
     host->cpu_buffer_type = cpu_buffer_type();
+    const TypeTraits* q8 = type_traits(kQ8);
+    const bool known_q8 = std::strcmp(q8->name, "q8_0") == 0 && q8->block_size == kQ8Block &&
+                          q8->bytes == kQ8Bytes && q8->is_quantized;
+    host->unpack_q8 = known_q8 ? q8->to_float : nullptr;
     void* parallel = dlsym(library, "GOMP_parallel");  // found among the libraries that the host needs
     std::memcpy(&host->gomp_parallel, &parallel, sizeof parallel);
 

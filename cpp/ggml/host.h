@@ -20,6 +20,9 @@ struct Host {
     int (*graph_size)(Graph*);
     Tensor* (*graph_node)(Graph*, int);
 
+    // A row of Q8_0 as float32; null where the host's Q8_0 is not the one that is known.
+    void (*unpack_q8)(const void* from, float* to, int64_t count);
+
     // Runs a body on the threads of the host's OpenMP; null where it has none.
     void (*gomp_parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 

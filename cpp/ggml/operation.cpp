@@ -1,5 +1,6 @@
 #include "operation.h"
 
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 
@@ -17,12 +18,15 @@ float parameter(const Tensor* op, Parameter which) {
 
 size_t bytes_of(int type) { return type == kF32 ? 4 : 2; }
 
-bool is_format(int type) { return type == kF32 || type == kF16 || type == kBF16; }
+bool is_format(const Host& host, int type) {
+    return type == kF32 || type == kF16 || type == kBF16 || (type == kQ8 && host.unpack_q8 != nullptr);
+}
 
 DType dtype_of(int type) { return type == kF32 ? DType::f32 : type == kF16 ? DType::f16 : DType::bf16; }
 
-// Numbers lie next to each other, and rows a whole number of numbers apart.
+// Numbers (or blocks of them) lie next to each other, and rows a whole number of numbers apart.
 bool has_rows(const Tensor* t) {
+    if (t->type == kQ8) return t->stride[0] == kQ8Bytes && t->size[0] % kQ8Block == 0;
     const size_t bytes = bytes_of(t->type);
     return t->stride[0] == bytes && t->stride[1] % bytes == 0 && t->stride[2] % bytes == 0 &&
            t->stride[3] % bytes == 0;
@@ -42,7 +46,7 @@ bool is_supported(const Host& host, const Tensor* op) {
     const Tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3], *sinks = op->src[4];
     if (q == nullptr || k == nullptr || v == nullptr || sinks != nullptr) return false;
     if (parameter(op, kMaxBias) != 0.0f) return false;
-    if (q->type != kF32 || op->type != kF32 || !is_format(k->type) || v->type != k->type) return false;
+    if (q->type != kF32 || op->type != kF32 || !is_format(host, k->type) || v->type != k->type) return false;
     if (!has_rows(q) || !has_rows(k) || !has_rows(v) || op->stride[0] != 4) return false;
     if (k->size[2] == 0 || q->size[2] % k->size[2] != 0 || v->size[2] != k->size[2]) return false;
     if (k->size[3] != q->size[3] || v->size[3] != q->size[3] || v->size[1] != k->size[1]) return false;
@@ -55,7 +59,8 @@ bool is_supported(const Host& host, const Tensor* op) {
 
 bool is_worthwhile(const Tensor* op, const Settings& settings) {
     constexpr int64_t kGeneration = 8;  // so few queries for a sequence are not a prompt
-    return op->src[0]->size[1] > kGeneration || op->src[1]->size[1] >= settings.min_context;
+    if (op->src[0]->size[1] > kGeneration) return true;
+    return op->src[1]->type != kQ8 && op->src[1]->size[1] >= settings.min_context;
 }
 
 int64_t layer_of(const Tensor* op) {
@@ -65,6 +70,8 @@ int64_t layer_of(const Tensor* op) {
     }
     return -1;
 }
+
+bool is_packed(const Tensor* op) { return op->src[1]->type == kQ8; }
 
 Operation operation_of(const Tensor* op, const Settings& settings) {
     const Tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
@@ -76,11 +83,13 @@ Operation operation_of(const Tensor* op, const Settings& settings) {
     p.num_keys = k->size[1];
     p.head_size = q->size[0];
     p.value_size = v->size[0];
-    p.dtype = dtype_of(k->type);
+    p.dtype = is_packed(op) ? DType::f32 : dtype_of(k->type);
     p.query_dtype = DType::f32;
     p.q = rows_of(q);
-    p.k = rows_of(k);
-    p.v = rows_of(v);
+    if (!is_packed(op)) {
+        p.k = rows_of(k);
+        p.v = rows_of(v);
+    }
     if (mask != nullptr) {
         p.mask = {mask->data,
                   Mask::Form::halves,
@@ -96,6 +105,38 @@ Operation operation_of(const Tensor* op, const Settings& settings) {
     p.softcap = parameter(op, kSoftcap);
     p.rule = settings.rule(layer_of(op), p.num_keys);
     return {p, {op->data, stride(op, 3), stride(op, 1), stride(op, 2)}};
+}
+
+Operation unpacked(const Host& host, const Tensor* op, const Operation& whole, int64_t sequence,
+                   int64_t kv_head, std::vector<float>& room) {
+    const Problem& all = whole.problem;
+    const int64_t group = all.heads / all.kv_heads, first = kv_head * group;
+    const auto count = static_cast<size_t>(all.num_keys * (all.head_size + all.value_size));
+    if (room.size() < count) room.resize(count);
+    float* to = room.data();
+    const auto unpack = [&](const Tensor* t, int64_t size) {
+        const auto* rows = static_cast<const std::byte*>(t->data) +
+                           static_cast<size_t>(sequence) * t->stride[3] +
+                           static_cast<size_t>(kv_head) * t->stride[2];
+        const float* start = to;
+        for (int64_t j = 0; j < all.num_keys; ++j, to += size)
+            host.unpack_q8(rows + static_cast<size_t>(j) * t->stride[1], to, size);
+        return sparsek::Tensor{start, 0, 0, size};
+    };
+    Operation one = whole;
+    Problem& p = one.problem;
+    p.batch = p.kv_heads = 1;
+    p.heads = group;
+    p.k = unpack(op->src[1], all.head_size);
+    p.v = unpack(op->src[2], all.value_size);
+    p.q.data = static_cast<const float*>(p.q.data) + sequence * p.q.batch_stride + first * p.q.head_stride;
+    one.out.data =
+        static_cast<float*>(one.out.data) + sequence * one.out.batch_stride + first * one.out.head_stride;
+    if (p.mask.data != nullptr) {
+        p.mask.data = static_cast<const uint16_t*>(p.mask.data) + sequence * p.mask.batch_stride +
+                      first * p.mask.head_stride;
+    }
+    return one;
 }
 
 }  // namespace sparsek::ggml

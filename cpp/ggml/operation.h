@@ -1,6 +1,8 @@
 // ggml's flash attention operation as a problem of ours.
 #pragma once
 
+#include <vector>
+
 #include "abi.h"
 #include "host.h"
 #include "settings.h"
@@ -23,5 +25,11 @@ struct Operation {
     Output out;
 };
 Operation operation_of(const Tensor* op, const Settings& settings);
+
+// Whether keys and values are in Q8_0, which the core does not read: `operation_of` leaves them out then, and
+// each key/value head is an operation of its own, whose keys and values are unpacked to `room`.
+bool is_packed(const Tensor* op);
+Operation unpacked(const Host& host, const Tensor* op, const Operation& whole, int64_t sequence,
+                   int64_t kv_head, std::vector<float>& room);
 
 }  // namespace sparsek::ggml

@@ -13,12 +13,15 @@ import pytest
 
 pytest.importorskip("xllamacpp")
 
+from gguf import GGMLQuantizationType, dequantize, quantize
+
 from sparsek import SparseKConfig, attention
 from sparsek.engines import llama_api
 from sparsek.integrations import llama_cpp as integration
 from sparsek.integrations.llama_cpp import Tensor
 
-F32, F16 = 0, 1
+F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8
+PACKED = {n: GGMLQuantizationType(n) for n in (Q4_0, Q8_0)}
 KEEP_ALL = SparseKConfig.pure(2**31 - 1)
 
 
@@ -118,6 +121,7 @@ class Operation:
     def _rows(self, rng: Any, kind: int, size: int, tokens: int, heads: int) -> Any:
         x = rng.standard_normal((self.shape.sequences, tokens, heads, size)).astype(np.float32)
         x = x.astype(np.float16) if kind == F16 else x
+        x = dequantize(quantize(x, PACKED[kind]), PACKED[kind]) if kind in PACKED else x
         tensor = self.host.ggml_permute(self.context, self._new(kind, x), 0, 2, 1, 3)
         return x.astype(np.float32).transpose(0, 2, 1, 3), tensor
 
@@ -136,6 +140,7 @@ class Operation:
         size = (c_int64 * 4)(*([*x.shape[::-1], 1, 1, 1, 1][:4]))
         tensor = self.host.ggml_new_tensor(self.context, kind, 4, size)
         x = np.ascontiguousarray(x, np.float16 if kind == F16 else np.float32)
+        x = quantize(x, PACKED[kind]) if kind in PACKED else x
         ctypes.memmove(tensor.contents.data, x.ctypes.data, x.nbytes)
         return tensor
 
@@ -160,6 +165,8 @@ PREFILL = [
     Shape(softcap=2.0),
     Shape(cache=F32),
     Shape(cache=F32, sequences=2, mask="per head", softcap=10.0, queries=100, keys=301),
+    Shape(cache=Q8_0),
+    Shape(cache=Q8_0, sequences=2, mask="per head", softcap=10.0, queries=33, keys=301, value_size=32),
 ]
 DECODE = [
     Shape(queries=1),
@@ -205,6 +212,12 @@ def test_sparse_is_the_reference(host: ctypes.CDLL, shape: Shape, tail: Any) -> 
 @pytest.mark.parametrize("shape", [Shape(alibi=8.0), Shape(sinks=True)], ids=["ALiBi", "attention sinks"])
 def test_what_is_unknown_stays_with_the_host(host: ctypes.CDLL, shape: Shape) -> None:
     assert not Operation(host, shape).is_taken()
+
+
+def test_a_step_of_generation_over_a_quantised_cache_stays_with_the_host(host: ctypes.CDLL) -> None:
+    assert Operation(host, Shape(cache=Q8_0, queries=9)).is_taken()
+    assert not Operation(host, Shape(cache=Q8_0, queries=1, keys=4096)).is_taken()
+    assert not Operation(host, Shape(cache=Q4_0)).is_taken()
 
 
 def test_without_a_k_everything_stays_with_the_host(host: ctypes.CDLL) -> None:

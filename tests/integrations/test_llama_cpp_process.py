@@ -309,7 +309,7 @@ from sparsek import SparseKConfig
 from sparsek.engines.llama import LlamaEngine
 engine = LlamaEngine(None, threads=2)
 print("begins", flush=True)
-engine.prompt_seconds([504] * 8000, SparseKConfig(top_k=64, min_context=0))
+list(engine.prompt([504] * 8000, SparseKConfig(top_k=64, min_context=0)))
 """
 
 

@@ -51,7 +51,7 @@ def model_inputs(
 
     try:
         with engine.observed(capture):
-            engine.prompt_seconds(take_tokens(engine, words, tokens), _KEEP_ALL)
+            list(engine.prompt(take_tokens(engine, words, tokens), _KEEP_ALL))
     except _Captured:
         pass
 

@@ -143,7 +143,7 @@ def _timed(
     engine: Engine, test: Test, tokens: list[int], config: SparseKConfig | None
 ) -> Callable[[], float]:
     if test.prompt:
-        return lambda: engine.prompt_seconds(tokens[: test.prompt], config)
+        return lambda: sum(seconds for _, seconds in engine.prompt(tokens[: test.prompt], config))
     return engine.generation(tokens[: test.depth], test.generated, config)
 
 

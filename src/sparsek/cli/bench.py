@@ -67,6 +67,13 @@ COLUMNS: Final[list[Column]] = [
     default=True,
     help="The dense side: llama.cpp has two kinds of attention.  [default: on, the faster one]",
 )
+@click.option(
+    "--rope-scale",
+    type=click.FloatRange(1, 1024),
+    default=1.0,
+    metavar="X",
+    help="Stretch positions, for prompts X times as long as the model's context; engine llama, speed only.",
+)
 @click.option("--text", metavar="FILE", help="Text to make prompts of.  [default: Python's own manual]")
 @rule_options
 @common_options
@@ -80,6 +87,7 @@ def command(
     top_k: list[TopK] | None,
     repetitions: int,
     flash_attention: bool,
+    rope_scale: float,
     text: str | None,
     threads: int | None,
     seed: int,  # noqa: ARG001
@@ -97,6 +105,7 @@ def command(
       sparsek bench
       sparsek bench -p 4096,8000 -n 32 -d 4096 -k 0,64,auto
       sparsek bench -p 2048 -n 0 -k 0,64 --min-context 0 -o json
+      sparsek bench -p 32000 -n 0 -k 0,auto --rope-scale 4
     """
     from ..bench import model as library
     from ..bench.text import read_text
@@ -106,7 +115,7 @@ def command(
     if not planned:
         raise click.UsageError("nothing to measure: -p and -n are both 0")
     _, words = read_text(text)
-    opened = load(engine, model, threads, flash_attention=flash_attention)
+    opened = load(engine, model, threads, flash_attention=flash_attention, rope_scale=rope_scale)
     configs = make_configs(top_k, opened.model_config, **rule)
     if top_k is None:
         configs = [None, *configs]

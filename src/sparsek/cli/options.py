@@ -145,17 +145,15 @@ def note_dense(configs: Sequence[SparseKConfig | None], contexts: Sequence[int])
         )
 
 
-def load(
-    engine: str | None, model: str | None, threads: int | None, *, flash_attention: bool = True
-) -> Engine:
-    """Open the engine, with a sign of life on stderr when that is a terminal."""
+def load(engine: str | None, model: str | None, threads: int | None, **options: Any) -> Engine:
+    """Open the engine, with its `options`, and a sign of life on stderr when that is a terminal."""
     from rich.console import Console
 
     threads = use_threads(threads)
     console = Console(stderr=True)
     waiting = console.status("loading the model") if console.is_terminal else contextlib.nullcontext()
     with waiting:
-        return base.open_engine(engine, model, threads=threads, flash_attention=flash_attention)
+        return base.open_engine(engine, model, threads=threads, **options)
 
 
 def use_threads(threads: int | None) -> int:

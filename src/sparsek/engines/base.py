@@ -49,8 +49,9 @@ class Engine(Protocol):
 
     def decode(self, tokens: list[int]) -> str: ...
 
-    def prompt_seconds(self, tokens: list[int], config: SparseKConfig | None) -> float:
-        """Time to process a prompt up to its last token's logits."""
+    def prompt(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[tuple[int, float]]:
+        """Process a prompt up to its last token's logits; yields the (number of tokens, seconds) of each part
+        of it, after the part. Several may be read in turns."""
 
     def generation(self, depth: list[int], count: int, config: SparseKConfig | None) -> Callable[[], float]:
         """Process `depth`, untimed; then each call of the result generates `count` tokens after it, from
@@ -81,7 +82,12 @@ def default_engine(model: str | None) -> str:
 
 
 def open_engine(
-    name: str | None, model: str | None, *, threads: int | None = None, flash_attention: bool = True
+    name: str | None,
+    model: str | None,
+    *,
+    threads: int | None = None,
+    flash_attention: bool = True,
+    rope_scale: float = 1.0,
 ) -> Engine:
     """Load a model.
 
@@ -89,6 +95,8 @@ def open_engine(
         name: of the engine; None is `default_engine`.
         model: path of a GGUF file or of a Transformers directory; the embedded model when None.
         flash_attention: whether dense attention is to be flash attention, in engines that have a choice.
+        rope_scale: positions are divided by it, so that the model takes contexts that much longer than it was
+            trained for: to measure speed, for quality suffers.
 
     Raises:
         ValueError: unknown engine; what is loaded is not a model or is damaged. FileNotFoundError: no such
@@ -101,5 +109,5 @@ def open_engine(
     if find_spec(package) is None:
         raise ImportError(f"engine {name!r} is not installed: pip install 'sparsek[{name}]'")
     make = getattr(import_module(module), class_name)
-    engine: Engine = make(model, threads=threads, flash_attention=flash_attention)
+    engine: Engine = make(model, threads=threads, flash_attention=flash_attention, rope_scale=rope_scale)
     return engine

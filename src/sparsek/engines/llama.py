@@ -26,14 +26,19 @@ class LlamaEngine:
     name = "llama"
 
     def __init__(
-        self, model: str | None, *, threads: int | None = None, flash_attention: bool = True
+        self,
+        model: str | None,
+        *,
+        threads: int | None = None,
+        flash_attention: bool = True,
+        rope_scale: float = 1.0,
     ) -> None:
         path = find_model(model)
         if not path.is_file():
             raise ValueError(f"the engine llama needs a GGUF file: {path}")
         self.model_config = SparseKConfig.from_gguf_metadata(read_gguf(path))
         self._lib = lib = api.library()
-        self._flash_attention = flash_attention
+        self._flash_attention, self._rope_scale = flash_attention, rope_scale
         self.dense = f"flash attention {'on' if flash_attention else 'off'}"
         integration.keep_log(lib.llama_log_set)
         integration.load_backend(lib)
@@ -50,7 +55,7 @@ class LlamaEngine:
         self.num_layers = lib.llama_model_n_layer(self._model)
         self.num_heads = lib.llama_model_n_head(self._model)
         self.num_parameters = lib.llama_model_n_params(self._model)
-        self.context_length = lib.llama_model_n_ctx_train(self._model)
+        self.context_length = int(lib.llama_model_n_ctx_train(self._model) * rope_scale)
         self._vocabulary = lib.llama_vocab_n_tokens(self._vocab)
         self._operations = 0
 
@@ -77,11 +82,12 @@ class LlamaEngine:
         length = self._lib.llama_detokenize(self._vocab, given, len(tokens), room, len(room), True, False)
         return room.raw[: max(0, length)].decode(errors="replace")
 
-    def prompt_seconds(self, tokens: list[int], config: SparseKConfig | None) -> float:
+    def prompt(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[tuple[int, float]]:
         with self._context(len(tokens) + 1, config) as context:
-            start = time.perf_counter()
-            self._append(context, tokens)
-            return time.perf_counter() - start
+            for i in range(0, len(tokens), _BATCH):
+                part, start = tokens[i : i + _BATCH], time.perf_counter()
+                self._submit(context, part, every_token=False)
+                yield len(part), time.perf_counter() - start
 
     def generation(self, depth: list[int], count: int, config: SparseKConfig | None) -> Callable[[], float]:
         tokens = depth or self.encode("The")[:1]  # generation begins from something
@@ -160,6 +166,9 @@ class LlamaEngine:
         params.n_batch = params.n_ubatch = _BATCH
         params.n_threads = params.n_threads_batch = self._threads
         params.flash_attn_type = api.FLASH_ATTENTION[self._flash_attention or config is not None]
+        if self._rope_scale != 1.0:
+            params.rope_scaling_type = api.LINEAR_ROPE_SCALING
+            params.rope_freq_scale = 1.0 / self._rope_scale
         context = self._lib.llama_init_from_model(self._model, params)
         if not context:
             raise ValueError(

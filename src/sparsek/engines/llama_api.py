@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 FLASH_ATTENTION: Final = {False: 0, True: 1}
+LINEAR_ROPE_SCALING: Final = 1
 _TESTED: Final = "2026.10.11549"
 
 

@@ -35,7 +35,12 @@ class TransformersEngine:
         threads: int | None = None,
         device: str = "cpu",
         flash_attention: bool = True,  # noqa: ARG002  PyTorch decides
+        rope_scale: float = 1.0,
     ) -> None:
+        if rope_scale != 1.0:
+            raise ValueError(
+                "the engine transformers cannot stretch positions: use the engine llama for that"
+            )
         path = find_model(model)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -86,11 +91,12 @@ class TransformersEngine:
     def decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def prompt_seconds(self, tokens: list[int], config: SparseKConfig | None) -> float:
+    def prompt(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[tuple[int, float]]:
         with self._attending(config):
             start = time.perf_counter()
             self._step(self._ids(tokens), self._cache(config))
-            return time.perf_counter() - start
+            seconds = time.perf_counter() - start
+        yield len(tokens), seconds
 
     def generation(self, depth: list[int], count: int, config: SparseKConfig | None) -> Callable[[], float]:
         tokens = depth or self.encode("The")[:1]  # generation begins from something

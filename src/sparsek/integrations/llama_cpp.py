@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from ctypes import c_char, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -29,8 +29,9 @@ from ..problem import Problem
 # observer(layer, problem, output), the output [B, H, Tq, Dv]
 Observer = Callable[[int, Problem, Any], None]
 
-_FORMATS: Final = {0: (np.float32, 4), 1: (np.float16, 2), 30: (np.uint16, 2)}  # bfloat16 as its bits
+_FORMATS: Final = {0: np.float32, 1: np.float16, 30: np.uint16}  # bfloat16 as its bits
 _BFLOAT16: Final = 30
+_Q8_0: Final = 8
 
 
 class Tensor(ctypes.Structure):
@@ -92,10 +93,14 @@ def configure(config: SparseKConfig | None) -> None:
     library = _library()
     library.sparsek_configure.restype = ctypes.c_char_p
     library.sparsek_configure.argtypes = [ctypes.c_char_p]
-    text = '{"top_k": 0}' if config is None else config.to_json()
-    problem = library.sparsek_configure(text.encode())
+    problem = library.sparsek_configure(_json(config))
     if problem is not None:
         raise ValueError(problem.decode())
+
+
+@cache
+def _json(config: SparseKConfig | None) -> bytes:
+    return b'{"top_k": 0}' if config is None else config.to_json().encode()
 
 
 def keep_log(set_log: Callable[[Any, None], Any]) -> None:
@@ -173,13 +178,24 @@ def _problem(op: Tensor, rule: Any) -> tuple[Problem, Any]:
 
 def _array(t: Tensor) -> np.ndarray[Any, Any]:
     """A copy in float32, axes from the slowest to the fastest."""
-    dtype, itemsize = _FORMATS[t.type]
-    count = 1 + sum((n - 1) * s for n, s in zip(t.size, t.stride, strict=True)) // itemsize
-    memory = np.ctypeslib.as_array((ctypes.c_uint8 * (count * itemsize)).from_address(t.data)).view(dtype)
-    x = np.lib.stride_tricks.as_strided(memory, t.size[::-1], t.stride[::-1])
+    size, stride = t.size[::-1], t.stride[::-1]
+    if t.type == _Q8_0:
+        from gguf import GGMLQuantizationType, dequantize
+
+        blocks = _view(t.data, np.uint8, [*size[:3], size[3] // 32, 34], [*stride, 1])
+        return np.asarray(dequantize(blocks.reshape(*size[:3], -1), GGMLQuantizationType.Q8_0))
+    dtype = _FORMATS[t.type]
+    x = _view(t.data, dtype, size, stride)
     if t.type == _BFLOAT16:
         return (x.astype(np.uint32) << 16).view(np.float32)
     return x.astype(np.float32)
+
+
+def _view(address: int, dtype: Any, size: Sequence[int], stride: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Memory as an array; strides in bytes."""
+    count = np.dtype(dtype).itemsize + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    memory = np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(address)).view(dtype)
+    return np.lib.stride_tricks.as_strided(memory, size, stride)
 
 
 @cache
