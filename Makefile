@@ -75,9 +75,12 @@ format: $(READY) ## rewrite the sources in the project's format
 
 bench: $(READY) ## measure the embedded model and record it in benchmarks/; wants an idle machine
 	mkdir -p build
-	$(BIN)/sparsek eval --context 4096 -k 64 --pure -o jsonl > build/quality.jsonl
-	$(BIN)/sparsek eval --context 4096 -k 32,64,128 -o jsonl >> build/quality.jsonl
-	$(BIN)/sparsek bench -p 2048,8192 -n 32 -d 4096 -k 0,64 -o jsonl > build/speed-transformers.jsonl
+	$(BIN)/sparsek eval --engine transformers --context 4096 -k 64 --pure -o jsonl > build/quality.jsonl
+	$(BIN)/sparsek eval --engine transformers --context 4096 -k 32,64,128 -o jsonl >> build/quality.jsonl
+	for dense in --flash-attention --no-flash-attention; do \
+	  $(BIN)/sparsek bench $$dense -p 512,4096,8000 -n 32 -d 0,8000 -k 0,64 -o jsonl || exit 1; \
+	done > build/speed-llama.jsonl
+	$(BIN)/sparsek bench --engine transformers -p 2048,8192 -n 32 -d 4096 -k 0,64 -o jsonl > build/speed-transformers.jsonl
 	for rule in --pure --tail=centroid; do \
 	  call="$(BIN)/sparsek bench-attention -o jsonl $$rule"; \
 	  $$call --tokens 2048,8192 -k 64 && $$call --tokens 16384,32768 -k 128 -r 5 && \
@@ -90,7 +93,7 @@ bench: $(READY) ## measure the embedded model and record it in benchmarks/; want
 	  $(BIN)/sparsek bench-attention --heads $$1 --kv-heads $$2 --head-dim $$3 --tokens 1024,2048,3072,4096,6144 \
 	    -k auto --min-context 0 --baseline dense -r 5 -o jsonl || exit 1; \
 	done > build/break-even.jsonl
-	mv build/quality.jsonl build/speed-transformers.jsonl build/attention.jsonl build/break-even.jsonl benchmarks/
+	mv build/quality.jsonl build/speed-llama.jsonl build/speed-transformers.jsonl build/attention.jsonl build/break-even.jsonl benchmarks/
 
 docs: $(READY) ## make the generated parts of README and docs again
 	$(BIN)/python tools/draw_selection.py

@@ -60,8 +60,34 @@ def quality() -> str:
     )
 
 
+def llama() -> str:
+    """What K gains in llama.cpp, beside each of its two dense attentions: one row a test."""
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    dense = ""
+    for r in _records("speed-llama.jsonl"):  # a sparse record follows the dense one of its test and run
+        dense = r["backend"] if r["top_k"] == 0 else dense
+        rows.setdefault(_test(r), {})[dense if r["top_k"] == 0 else f"beside {dense}"] = r
+    cells = []
+    for name, found in rows.items():
+        on, off = found["flash attention on"], found["flash attention off"]
+        beside_on, beside_off = found["beside flash attention on"], found["beside flash attention off"]
+        speeds = (f"{r['avg_ts']:.0f} ± {r['stddev_ts']:.0f}" for r in (off, on, beside_on))
+        cells.append([name, *speeds, _spread(beside_on), _spread(beside_off)])
+    titles = ["test", "flash attention off, t/s", "on, t/s", "K = 64, t/s", "ratio to on", "ratio to off"]
+    first, machine = _records("speed-llama.jsonl")[0], _records("speed-llama.jsonl")[0]["environment"]
+    return (
+        f"{markdown_table(titles, cells)}\n\n{first['model']}, xllamacpp {machine['xllamacpp_version']}, "
+        f"{first['n_threads']} threads, {machine['cpu']} ({machine['isa']}). Ratios: median of paired "
+        "repetitions, and quartiles."
+    )
+
+
+def _spread(record: dict[str, Any]) -> str:
+    return f"{record['speedup']:.2f} ({record['speedup_low']:.2f}-{record['speedup_high']:.2f})"
+
+
 def speed() -> str:
-    """What K gains: records of whole models."""
+    """What K gains in Transformers."""
     records = _records("speed-transformers.jsonl")
     rows = [
         [
@@ -136,6 +162,7 @@ def _machine(record: dict[str, Any]) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "quality": quality,
+    "llama": llama,
     "speed": speed,
     "attention": attention,
     "break_even": break_even,

@@ -186,3 +186,10 @@ def _checked_layers(value: Any) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list, set, frozenset, range)):
         raise TypeError(f"dense_layers = {value!r}: must be a tuple of layer numbers, like (0, 1)")
     return tuple(sorted({_checked_int("dense_layers", layer) for layer in value}))
+
+
+def budget_name(config: SparseKConfig | None) -> int | str:
+    """K as records have it; None is an engine's own dense attention, 0."""
+    if config is None:
+        return 0
+    return "per layer" if isinstance(config.top_k, tuple) else config.top_k

@@ -22,9 +22,10 @@ def _load_the_embedded_model_once() -> Iterator[None]:
         if model is not None:
             return real(name, model, **options)
         name = name or base.default_engine(None)
-        if name not in loaded:
-            loaded[name] = real(name, None, **options)
-        return loaded[name]
+        key = name, *options.items()
+        if key not in loaded:
+            loaded[key] = real(name, None, **options)
+        return loaded[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base, "open_engine", open_engine)

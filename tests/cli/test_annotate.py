@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,10 @@ def test_the_model_carries_its_setting(sparsek: Sparsek, tmp_path: Path) -> None
     sparsek("annotate", str(embedded_model()), str(copy), "-k", "48")
     assert tensors(copy) == tensors(embedded_model())
     assert open_engine("llama", str(copy)).model_config == SparseKConfig(top_k=48)
+    bench = sparsek("bench", "-m", str(copy), "-p", "8", "-n", "0", "-r", "1", "-o", "json")
+    assert [record["top_k"] for record in json.loads(bench)] == [0, 48]
+    cost = sparsek("eval", "-m", str(copy), "--context", "64", "--min-context", "0", "-o", "json")
+    assert [record["top_k"] for record in json.loads(cost)] == [48]
 
 
 @pytest.mark.parametrize(

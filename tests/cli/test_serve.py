@@ -21,6 +21,8 @@ import pytest
 
 pytest.importorskip("xllamacpp")
 
+from sparsek.engines.model_file import embedded_model
+
 from .conftest import Sparsek
 
 pytestmark = pytest.mark.model
@@ -139,6 +141,17 @@ def test_answers_with_sparse_k(served: Any) -> None:
     assert sparse >= 29 * 3  # 29 of the model's 30 layers, in batches of 512 tokens
     assert dense > 0
     assert by_host == 0
+
+
+def test_obeys_what_the_model_carries(served: Any, sparsek: Sparsek, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    sparsek("annotate", str(embedded_model()), str(model), "-k", "64", "--min-context", "0")
+    server = served("-c", "1024", "-m", str(model))
+    server.chat(long_text(20))
+    assert server.end()[0] == 0
+    sparse, dense, _ = server.counts()
+    assert sparse > 0
+    assert dense > 0
 
 
 def test_dense_leaves_attention_to_llama_cpp(served: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import _core
-from ..config import SparseKConfig
+from ..config import SparseKConfig, budget_name
 from ..engines.base import Engine
 from ..problem import Problem
 from ..verify import Verification, VerificationError, verify
@@ -166,7 +166,7 @@ def _record(
         n_prompt=test.prompt,
         n_gen=test.generated,
         n_depth=test.depth,
-        top_k=0 if config is None else config.top_k if not isinstance(config.top_k, tuple) else "per layer",
+        top_k=budget_name(config),
         config=None if config is None else config.to_dict(),
         backend=engine.dense if config is None else "sparsek",
         isa=_core.isa(),
@@ -179,7 +179,7 @@ def _record(
         speedup_low=faster[1],
         speedup_high=faster[2],
         verified_rows=verified.rows if verified else 0,
-        max_abs_err=verified.max_abs_err if verified else None,
+        max_abs_err=verified.max_abs_err if verified and verified.rows else None,
         operations=check.operations,
         environment=environment(),
     )

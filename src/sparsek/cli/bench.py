@@ -57,7 +57,10 @@ COLUMNS: Final[list[Column]] = [
     "-d", "--depths", type=Counts(), default="0", show_default=True, help="Tokens before the generated ones."
 )
 @click.option(
-    "-k", "--top-k", type=Budgets(), default="0,auto", show_default=True, help="K to compare; 0 is dense."
+    "-k",
+    "--top-k",
+    type=Budgets(),
+    help="K to compare; 0 is dense.  [default: 0 and the configuration's]",
 )
 @click.option(
     "-r", "--repetitions", type=click.IntRange(1), default=3, show_default=True, help="Repetitions."

@@ -22,7 +22,7 @@ COLUMNS: Final[list[Column]] = [
     ("model", lambda r: r.model),
     ("text", lambda r: r.text),
     ("context", lambda r: str(r.context)),
-    ("K", lambda r: str(r.top_k)),
+    ("K", lambda r: "dense" if r.top_k == 0 and r.config is None else str(r.top_k)),
     ("kept", lambda r: "all" if r.kept_mean is None else f"{r.kept_mean:.0f}"),
     ("ppl dense", lambda r: f"{r.ppl_dense:.3f}"),
     ("ppl", lambda r: f"{r.ppl:.3f}"),
@@ -38,7 +38,9 @@ COLUMNS: Final[list[Column]] = [
 @click.option("--text", metavar="FILE", help="UTF-8 text.  [default: Python's own manual]")
 @click.option("--context", type=int, default=4096, show_default=True, help="Tokens per window.")
 @click.option("--windows", type=int, default=1, show_default=True, help="Windows, one after the other.")
-@click.option("-k", "--top-k", type=Budgets(), help="K to measure.  [default: the configuration's]")
+@click.option(
+    "-k", "--top-k", type=Budgets(), help="K to measure; 0 is dense.  [default: the configuration's]"
+)
 @rule_options
 @common_options
 @output_option
@@ -67,14 +69,13 @@ def command(
       sparsek eval --context 4096 -k 64 --pure -o json
     """
     from ..bench.text import read_text
-    from ..evaluate.quality import evaluate
+    from ..evaluate.quality import evaluate, passes
 
-    if not any(make_configs(top_k, None, **rule)):
-        raise click.UsageError("-k 0 alone is dense attention: nothing to compare it with")
+    make_configs(top_k, None, **rule)  # what is wrong in them shows before the model is loaded
     name, words = read_text(text)
     opened = load(engine, model, threads)
-    configs = [config for config in make_configs(top_k, opened.model_config, **rule) if config]
-    with progress("eval", windows * (1 + len(configs))) as advance:
+    configs = make_configs(top_k, opened.model_config, **rule)
+    with progress("eval", passes(configs, windows)) as advance:
         records = evaluate(
             opened, configs, text=words, text_name=name, context=context, windows=windows, advance=advance
         )

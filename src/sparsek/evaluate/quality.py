@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..bench.environment import environment
-from ..config import SparseKConfig
+from ..config import SparseKConfig, budget_name
 from ..engines.base import Engine
 from ..kernels import reference
 from ..problem import Problem
@@ -27,7 +27,8 @@ class EvalRecord:
     Perplexities are over all predicted tokens; `kl_mean` is the mean Kullback-Leibler divergence of the
     sparse from the dense next-token distribution, in nats; `same_top` how often both put the same token
     first. `mass_mean` is the share of the dense softmax that falls on the kept keys and `kept_mean` their
-    number per row; both are means over sampled rows of the layers that are not dense.
+    number per row; both are means over sampled rows of the layers that are not dense. `top_k` 0 without a
+    configuration is dense attention itself.
     """
 
     engine: str
@@ -36,7 +37,7 @@ class EvalRecord:
     context: int
     windows: int
     top_k: int | str
-    config: dict[str, Any]
+    config: dict[str, Any] | None
     ppl_dense: float
     ppl: float
     ppl_ratio: float
@@ -79,7 +80,7 @@ class _Sums:
 
 def evaluate(
     engine: Engine,
-    configs: Sequence[SparseKConfig],
+    configs: Sequence[SparseKConfig | None],
     *,
     text: str,
     text_name: str,
@@ -89,7 +90,8 @@ def evaluate(
 ) -> list[EvalRecord]:
     """Measure each configuration on the first `windows` windows of `context` tokens of a text.
 
-    `advance` is called after each pass of the model: windows * (1 + len(configs)) times.
+    None among them is dense attention, which is measured once anyway. `advance` is called after each pass of
+    the model: `passes(configs, windows)` times.
 
     Raises:
         ValueError: the text is shorter than the windows, or `context` outside 2 .. the model's context.
@@ -113,22 +115,34 @@ def evaluate(
     ]
 
 
+def passes(configs: Sequence[SparseKConfig | None], windows: int) -> int:
+    """How often the model runs."""
+    return windows * (1 + sum(config is not None for config in configs))
+
+
 def _evaluate_window(
     engine: Engine,
-    configs: Sequence[SparseKConfig],
+    configs: Sequence[SparseKConfig | None],
     tokens: list[int],
     sums: list[_Sums],
     advance: Callable[[], None],
 ) -> None:
-    passes = [_pass(engine, tokens, None, None, advance)]
-    for config, total in zip(configs, sums, strict=True):
-        passes.append(_pass(engine, tokens, config, total, advance))
+    """All passes side by side, chunk by chunk: no pass's logits are kept."""
+    dense_pass = _pass(engine, tokens, None, None, advance)
+    sparse_passes = [
+        None if config is None else _pass(engine, tokens, config, total, advance)
+        for config, total in zip(configs, sums, strict=True)
+    ]
     following = torch.tensor(tokens[1:])
-    for chunks in zip(*passes, strict=True):
-        dense, *sparse = (chunk[: len(following)].log_softmax(-1) for chunk in chunks)
+    for chunk in dense_pass:
+        dense = chunk[: len(following)].log_softmax(-1)
         picked, following = following[: len(dense)].to(dense.device), following[len(dense) :]
-        for total, chunk in zip(sums, sparse, strict=True):
-            total.add(dense, chunk, picked)
+        for sparse_pass, total in zip(sparse_passes, sums, strict=True):
+            sparse = dense if sparse_pass is None else next(sparse_pass)[: len(dense)].log_softmax(-1)
+            total.add(dense, sparse, picked)
+    for sparse_pass in sparse_passes:
+        if sparse_pass is not None:
+            next(sparse_pass, None)  # it is at its end
 
 
 def _pass(
@@ -173,7 +187,7 @@ def _on_torch(p: Problem) -> Problem:
 
 
 def _record(
-    engine: Engine, config: SparseKConfig, total: _Sums, text: str, context: int, windows: int
+    engine: Engine, config: SparseKConfig | None, total: _Sums, text: str, context: int, windows: int
 ) -> EvalRecord:
     dense, sparse = math.exp(total.loss_dense / total.tokens), math.exp(total.loss / total.tokens)
     return EvalRecord(
@@ -182,8 +196,8 @@ def _record(
         text=text,
         context=context,
         windows=windows,
-        top_k=config.top_k if not isinstance(config.top_k, tuple) else "per layer",
-        config=config.to_dict(),
+        top_k=budget_name(config),
+        config=None if config is None else config.to_dict(),
         ppl_dense=dense,
         ppl=sparse,
         ppl_ratio=sparse / dense,
