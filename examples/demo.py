@@ -61,9 +61,9 @@ def main() -> None:
     print(cost_table(engine, costs))
     dense, sparse = sum(seconds[1]), sum(seconds[2])
     print(
-        f"\nWith K = {CHOSEN.top_k} the {len(prompt)} tokens take {sparse:.0f} s where llama.cpp's best takes "
-        f"{dense:.0f} s: {dense / sparse:.2f} times as fast.\nThe rest of the model costs the same for every "
-        "token; attention grows with the prompt, and so does the gain.\n"
+        f"\nWith K = {CHOSEN.top_k} the {len(prompt)} tokens take {sparse:.0f} s where llama.cpp's best "
+        f"takes {dense:.0f} s: {dense / sparse:.2f} times as fast.\nThe rest of the model costs the same for "
+        "every token; attention grows with the prompt, and so does the gain.\n"
         "Another prompt: sparsek run -f FILE -k 64. Your text's cost: sparsek eval --text FILE."
     )
 

@@ -40,7 +40,6 @@ from .conftest import Sparsek
         (["eval", "--context", "9000"], "context = 9000: must be 2 to 8192"),
         (["eval", "--context", "1"], "context = 1: must be 2 to 8192"),
         (["eval", "--windows", "0"], "windows = 0: must be at least 1"),
-        (["eval", "-k", "0"], "nothing to compare it with"),
         (["bench-attention", "--heads", "9", "--kv-heads", "2", "--tokens", "64"], "q has 9 heads and k 2"),
         (["bench-attention", "--tokens", "0"], "'0' is not a number of tokens >= 1"),
         (["bench-attention", "--tokens", "8", "--queries", "9"], "9 queries are more than 8 tokens"),

@@ -318,10 +318,10 @@ def test_each_operation_is_the_reference_after(prepare: Preparation, host: Host,
 
 # ---- Formats of the cache
 
-F32, F16, Q8_0, BF16 = 0, 1, 8, 30
+F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30
 
 
-@pytest.mark.parametrize(("kind", "error"), [(F32, 2e-5), (F16, ROUNDING), (BF16, 5e-3)])
+@pytest.mark.parametrize(("kind", "error"), [(F32, 2e-5), (F16, ROUNDING), (BF16, 5e-3), (Q8_0, 2e-2)])
 def test_formats_of_the_cache(host: Host, tokens: list[int], kind: int, error: float) -> None:
     before = integration.counts()
     got, expected = (
@@ -331,10 +331,10 @@ def test_formats_of_the_cache(host: Host, tokens: list[int], kind: int, error: f
     assert relative_error(got, expected) < error
 
 
-def test_quantised_caches_stay_with_the_host(host: Host, tokens: list[int]) -> None:
+def test_other_quantised_caches_stay_with_the_host(host: Host, tokens: list[int]) -> None:
     before = integration.counts()
     got, expected = (
-        Context(host, config, type_k=Q8_0, type_v=Q8_0).extend(tokens[:200]) for config in (SPARSE, None)
+        Context(host, config, type_k=Q4_0, type_v=Q4_0).extend(tokens[:200]) for config in (SPARSE, None)
     )
     assert integration.counts() == before
     assert np.array_equal(got, expected)
