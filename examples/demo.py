@@ -14,7 +14,7 @@ from sparsek.bench.counts import scores_used
 from sparsek.bench.text import read_text, take_tokens
 from sparsek.cli.output import progress
 from sparsek.engines.base import Engine, open_engine
-from sparsek.evaluate.quality import EvalRecord, evaluate
+from sparsek.evaluate.quality import EvalRecord, Windows, evaluate
 from sparsek.report.tables import markdown_table
 from sparsek.verify import verify
 
@@ -54,10 +54,9 @@ def main() -> None:
     print(speed_table([name for name, _, _ in ways], seconds, len(prompt)))
 
     print(f"\nWhat K costs, on {COST_TOKENS} tokens ...", file=sys.stderr)
-    with progress("quality", 1 + len(COSTS)) as advance:
-        costs = evaluate(
-            engine, COSTS, text=text, text_name="Python manual", context=COST_TOKENS, advance=advance
-        )
+    windows = Windows(engine.encode(text), COST_TOKENS)
+    with progress("quality", (1 + len(COSTS)) * COST_TOKENS) as advance:
+        costs = evaluate(engine, COSTS, windows, text_name="Python manual", advance=advance)
     print(cost_table(engine, costs))
     dense, sparse = sum(seconds[1]), sum(seconds[2])
     print(

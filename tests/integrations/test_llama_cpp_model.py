@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("xllamacpp")
 
 from sparsek import SparseKConfig
+from sparsek.engines.base import Part
 from sparsek.engines.llama import LlamaEngine
 from sparsek.integrations import llama_cpp as integration
 from sparsek.verify import verify
@@ -86,7 +87,7 @@ def test_keeping_everything_is_the_hosts_own_attention(
     engine: LlamaEngine, engine_without_flash_attention: LlamaEngine, tokens: list[int]
 ) -> None:
     def logits(engine: LlamaEngine, config: SparseKConfig | None) -> Logits:
-        return np.concatenate([part.numpy() for part in engine.logits(tokens[:512], config)])
+        return np.concatenate([part.numpy() for part in engine.logits([Part(tokens[:512], config)])])
 
     host, got = logits(engine, None), logits(engine, KEEP_ALL)
     # Products of 4-bit weights turn rounding into noise. The measure of it is how far the host's two ways to

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ DEFAULT_NAME = "pydoc_data.topics"
 
 
 def read_text(path: str | None) -> tuple[str, str]:
-    """(name, text) of a UTF-8 file; of Python's own manual without one.
+    """(name, text) of a UTF-8 file, of standard input for "-"; of Python's own manual without one.
 
     Raises:
         OSError: the file cannot be read. ValueError: it is empty or not UTF-8.
@@ -18,13 +19,17 @@ def read_text(path: str | None) -> tuple[str, str]:
         from pydoc_data.topics import topics
 
         return DEFAULT_NAME, "\n".join(topics.values())
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    name = "standard input" if path == "-" else Path(path).name
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"not a UTF-8 text ({error.reason} at byte {error.start}): {path}") from None
+    if "\0" in text:
+        raise ValueError(f"not a text, there are null bytes in it: {path}")
     if not text.strip():
         raise ValueError(f"the text is empty: {path}")
-    return Path(path).name, text
+    return name, text
 
 
 def take_tokens(engine: Any, text: str, count: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -14,33 +14,79 @@ from .options import (
     make_configs,
     model_options,
     note_dense,
+    resume_option,
     rule_options,
 )
-from .output import Column, output_option, progress, write_records
+from .output import Column, output_option, progress, write_records, write_table
+
+if TYPE_CHECKING:
+    from ..evaluate.retrieval import RetrievalRecord
+
+
+def _pm(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
 
 COLUMNS: Final[list[Column]] = [
     ("model", lambda r: r.model),
     ("text", lambda r: r.text),
     ("context", lambda r: str(r.context)),
-    ("K", lambda r: "dense" if r.top_k == 0 and r.config is None else str(r.top_k)),
+    ("K", lambda r: "dense" if r.config is None else str(r.top_k)),
     ("kept", lambda r: "all" if r.kept_mean is None else f"{r.kept_mean:.0f}"),
     ("ppl dense", lambda r: f"{r.ppl_dense:.3f}"),
     ("ppl", lambda r: f"{r.ppl:.3f}"),
-    ("ratio", lambda r: f"{r.ppl_ratio:.4f}"),
-    ("KL", lambda r: f"{max(r.kl_mean, 0.0):.4f}"),
+    ("ratio", lambda r: _pm(r.ppl_ratio, r.ppl_ratio_se)),
+    ("KL", lambda r: _pm(max(r.kl_mean, 0.0), r.kl_se)),
     ("same top", lambda r: f"{r.same_top:.3f}"),
     ("mass", lambda r: "" if r.mass_mean is None else f"{r.mass_mean:.3f}"),
 ]
 
 
+def _said(hit: bool | None) -> str:
+    return "" if hit is None else "hit" if hit else "miss"
+
+
+RETRIEVAL_COLUMNS: Final[list[Column]] = [
+    ("task", lambda r: r.task),
+    ("depth", lambda r: "" if r.depth is None else f"{r.depth:.0%}"),
+    ("K", lambda r: "dense" if r.config is None else str(r.top_k)),
+    ("log p dense", lambda r: f"{r.logprob_dense:.3f}"),
+    ("log p", lambda r: f"{r.logprob:.3f}"),
+    ("dense", lambda r: _said(r.hit_dense)),
+    ("sparse", lambda r: _said(r.hit)),
+]
+
+
 @click.command("eval")
 @model_options
-@click.option("--text", metavar="FILE", help="UTF-8 text.  [default: Python's own manual]")
+@click.option(
+    "--text", metavar="FILE", help="UTF-8 text; - is standard input.  [default: Python's own manual]"
+)
 @click.option("--context", type=int, default=4096, show_default=True, help="Tokens per window.")
 @click.option("--windows", type=int, default=1, show_default=True, help="Windows, one after the other.")
 @click.option(
     "-k", "--top-k", type=Budgets(), help="K to measure; 0 is dense.  [default: the configuration's]"
 )
+@click.option(
+    "--where",
+    type=click.Choice(["all", "prompt", "generation"]),
+    default="all",
+    show_default=True,
+    help="Where Sparse-K works: everywhere, or only before or only within the last --generated tokens.",
+)
+@click.option(
+    "--generated",
+    type=int,
+    default=256,
+    show_default=True,
+    help="Tokens at the end of a window that count as generated, with --where prompt or generation.",
+)
+@click.option(
+    "--retrieval",
+    is_flag=True,
+    help="Also: passkeys, key-value lookup and a repeated passage, in one window.",
+)
+@resume_option
 @rule_options
 @common_options
 @output_option
@@ -51,8 +97,12 @@ def command(
     context: int,
     windows: int,
     top_k: list[TopK] | None,
+    where: Any,
+    generated: int,
+    retrieval: bool,
+    resume: str | None,
     threads: int | None,
-    seed: int,  # noqa: ARG001
+    seed: int,
     debug: bool,  # noqa: ARG001
     output: str,
     **rule: Any,
@@ -60,24 +110,60 @@ def command(
     """Perplexity and distance to dense attention, on a real text.
 
     Dense and sparse run over the same windows. KL is from the dense to the sparse distribution of the next
-    token, in nats; mass is the share of the dense softmax that falls on the kept keys.
+    token, in nats; mass is the share of the dense softmax that falls on the kept keys; ± is the standard
+    error. With --where prompt, Sparse-K works on the prompt and what follows is generated densely; with
+    --where generation the other way round; either way only the generated tokens are scored.
 
     \b
     Examples:
       sparsek eval
       sparsek eval --text book.txt --context 8192 -k 32,64,auto
-      sparsek eval --context 4096 -k 64 --pure -o json
+      sparsek eval --context 4096 --windows 4 -k 64 --pure -o json
+      sparsek eval --context 8192 -k 64 --where prompt
+      sparsek eval --context 2048 --min-context 0 -k 16,64 --retrieval
     """
     from ..bench.text import read_text
-    from ..evaluate.quality import evaluate, passes
+    from ..evaluate import quality
+    from ..evaluate.journal import Journal, fingerprint
+    from ..evaluate.retrieval import passes, retrieve
 
     make_configs(top_k, None, **rule)  # what is wrong in them shows before the model is loaded
+    if retrieval and output == "csv":
+        raise click.UsageError("-o csv holds one kind of record: leave out --retrieval, or take jsonl")
     name, words = read_text(text)
     opened = load(engine, model, threads)
     configs = make_configs(top_k, opened.model_config, **rule)
-    with progress("eval", passes(configs, windows)) as advance:
-        records = evaluate(
-            opened, configs, text=words, text_name=name, context=context, windows=windows, advance=advance
-        )
-    write_records(records, output, COLUMNS)
+    planned = quality.Windows(opened.encode(words), context, windows, where=where, generated=generated)
+    planned.check(opened)
+    work = {
+        "model": opened.model,
+        "engine": f"{opened.name} {opened.version}",
+        "text": fingerprint(words),
+        "context": context,
+        "generated": generated,
+        "seed": seed,
+    }
+    journal = Journal(resume, work)
+    total = quality.passes(configs, windows) + (passes(configs) if retrieval else 0)
+    found: list[RetrievalRecord] = []
+    with progress("eval", total * context) as advance:
+        records = quality.evaluate(opened, configs, planned, text_name=name, journal=journal, advance=advance)
+        if retrieval:
+            found = retrieve(
+                opened,
+                configs,
+                text=words,
+                text_name=name,
+                context=context,
+                seed=seed,
+                journal=journal,
+                advance=advance,
+            )
+    if output == "md":
+        write_table(records, COLUMNS)
+        if found:
+            click.echo()
+            write_table(found, RETRIEVAL_COLUMNS)
+    else:
+        write_records([*records, *found], output, COLUMNS)
     note_dense(configs, [context])

@@ -88,6 +88,12 @@ rule_options = _stacked(
     click.option("--min-context", type=int, metavar="N", help="Shorter contexts keep everything."),
 )
 
+resume_option = click.option(
+    "--resume",
+    metavar="FILE",
+    help="Keep what is finished in FILE, and go on from it when the same command runs again.",
+)
+
 common_options = _stacked(
     click.option("--threads", type=click.IntRange(1, 4096), help="Threads.  [default: all processors]"),
     click.option("--seed", type=int, default=0, show_default=True, help="For everything random."),

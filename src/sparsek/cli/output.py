@@ -25,20 +25,23 @@ Column = tuple[str, Callable[[Any], str]]
 
 def write_records(records: Sequence[Any], fmt: str, columns: Sequence[Column]) -> None:
     """`records` are dataclasses. md shows `columns` (title, text of a record), the others every field."""
-    rows = [asdict(record) for record in records]
     if fmt == "md":
-        click.echo(
-            markdown_table(
-                [title for title, _ in columns], [[text(r) for _, text in columns] for r in records]
-            )
-        )
-    elif fmt == "json":
+        write_table(records, columns)
+        return
+    rows = [asdict(record) for record in records]
+    if fmt == "json":
         click.echo(json.dumps(rows, indent=2))
     elif fmt == "jsonl":
         for row in rows:
             click.echo(json.dumps(row))
     else:
         _write_csv(rows)
+
+
+def write_table(records: Sequence[Any], columns: Sequence[Column]) -> None:
+    click.echo(
+        markdown_table([title for title, _ in columns], [[text(r) for _, text in columns] for r in records])
+    )
 
 
 def _write_csv(rows: Sequence[dict[str, Any]]) -> None:
@@ -51,8 +54,9 @@ def _write_csv(rows: Sequence[dict[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar with time left on stderr when that is a terminal; yields what to call after each step."""
+def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar with time left on stderr when that is a terminal; yields what to call after each step, or with
+    the number of steps done."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -73,4 +77,4 @@ def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda steps=1: bar.advance(task, steps)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,17 @@ ENGINES: Final = {
     "llama": ("sparsek.engines.llama", "LlamaEngine", "xllamacpp"),
     "transformers": ("sparsek.engines.transformers", "TransformersEngine", "transformers"),
 }
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens of a sequence that are processed alike: under `config` (None: dense), `step` at a time (None: as
+    many as the engine likes), and with their logits wanted or not."""
+
+    tokens: list[int]
+    config: SparseKConfig | None
+    step: int | None = None
+    scored: bool = True
 
 
 class Engine(Protocol):
@@ -61,9 +73,10 @@ class Engine(Protocol):
         """Greedy continuation, a token at a time, until `count` tokens or the model's end token. The first
         token comes when the prompt has been processed."""
 
-    def logits(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[Any]:
-        """Next-token logits of every position, torch tensors [rows, vocabulary], some rows at a time. Their
-        attention runs before each chunk comes, or all before the first; several may be read in turns."""
+    def logits(self, parts: Sequence[Part]) -> Iterator[Any]:
+        """Process one sequence, given in parts; next-token logits of every position of the scored ones,
+        torch tensors [rows, vocabulary], some rows at a time. Their attention runs before each chunk comes,
+        or all before the first; several may be read in turns."""
 
     def observed(
         self, observer: Observer, layers: Container[int] | None = None

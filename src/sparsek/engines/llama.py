@@ -14,7 +14,7 @@ import numpy as np
 from ..config import SparseKConfig
 from ..integrations import llama_cpp as integration
 from . import llama_api as api
-from .base import Observer
+from .base import Observer, Part
 from .model_file import find_model, read_gguf
 
 _BATCH: Final = 512  # tokens handed over at once, between which Ctrl-C is obeyed
@@ -125,16 +125,20 @@ class LlamaEngine:
         taken = counts.sparse + counts.dense
         return {"sparse": counts.sparse, "dense": counts.dense, "host": self._operations - taken}
 
-    def logits(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[Any]:
+    def logits(self, parts: Sequence[Part]) -> Iterator[Any]:
         import torch
 
-        with self._context(len(tokens) + 1, config) as context:
-            for start in range(0, len(tokens), _BATCH):
-                part = tokens[start : start + _BATCH]
-                self._submit(context, part, every_token=True)
-                rows = self._lib.llama_get_logits(context.value)
-                shape = (len(part), self._vocabulary)
-                yield torch.from_numpy(np.ctypeslib.as_array(rows, shape=shape).copy())
+        sparse = next((part.config for part in parts if part.config is not None), None)
+        context = self._new_context(sum(len(part.tokens) for part in parts) + 1, sparse)
+        for part in parts:
+            context.config, step = part.config, part.step or _BATCH
+            for start in range(0, len(part.tokens), step):
+                tokens = part.tokens[start : start + step]
+                self._submit(context, tokens, every_token=part.scored)
+                if part.scored:
+                    rows = self._lib.llama_get_logits(context.value)
+                    shape = (len(tokens), self._vocabulary)
+                    yield torch.from_numpy(np.ctypeslib.as_array(rows, shape=shape).copy())
 
     def _append(self, context: _Context, tokens: Sequence[int]) -> int:
         """Process tokens; the most likely next one."""

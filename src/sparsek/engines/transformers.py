@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from ..config import SparseKConfig
 from ..integrations import transformers as integration
 from ..problem import Problem
-from .base import Observer
+from .base import Observer, Part
 from .model_file import find_model, read_gguf
 
 _LOGIT_ROWS: Final = 256  # rows of [rows, vocabulary] held at once
@@ -137,19 +137,30 @@ class TransformersEngine:
     def operations(self) -> dict[str, int]:
         return {}
 
-    def logits(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[torch.Tensor]:
+    def logits(self, parts: Sequence[Part]) -> Iterator[torch.Tensor]:
+        whole = len(parts) == 1 and parts[0].step is None
+        cache = None if whole else self._cache(next((p.config for p in parts if p.config), None))
+        for part in parts:
+            step = part.step or len(part.tokens)
+            for start in range(0, len(part.tokens), step):
+                states = self._states(part.tokens[start : start + step], part.config, cache)
+                for row in range(0, len(states) if part.scored else 0, _LOGIT_ROWS):
+                    yield self._head(states[row : row + _LOGIT_ROWS]).float()
+
+    def _states(self, tokens: list[int], config: SparseKConfig | None, cache: Cache | None) -> torch.Tensor:
+        """The body's last hidden states, [tokens, hidden size]: all logits at once would take gigabytes."""
         hidden: list[torch.Tensor] = []
         body = self._model.base_model
         hook = body.register_forward_hook(lambda _m, _a, out: hidden.append(out.last_hidden_state))
+        use = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
         try:
             with torch.inference_mode(), self._attending(config):
-                last = self._model(self._ids(tokens), use_cache=False, logits_to_keep=1).logits[0, -1]
+                last = self._model(self._ids(tokens), **use, logits_to_keep=1).logits[0, -1]
         finally:
             hook.remove()
         states = hidden[-1][0]
         self._check_head(states[-1:], last)
-        for start in range(0, len(tokens), _LOGIT_ROWS):
-            yield self._head(states[start : start + _LOGIT_ROWS]).float()
+        return states
 
     @torch.inference_mode()
     def _head(self, states: torch.Tensor) -> torch.Tensor:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
 
 import torch
 
 from ..bench.environment import environment
 from ..config import SparseKConfig, budget_name
-from ..engines.base import Engine
-from ..kernels import reference
-from ..problem import Problem
-from ..verify import sample
+from ..engines.base import Engine, Part
+from .attention_mass import LayerMass, MassObserver
+from .journal import Journal
 
-MASS_ONE_IN = 64  # rows of each head and layer on which the retained mass is measured, but 8 at least
+Where = Literal["all", "prompt", "generation"]
+WHERE: Final[tuple[Where, ...]] = ("all", "prompt", "generation")
+
+_SEGMENT: Final = 64  # tokens whose mean is one sample of the standard error: neighbours are correlated
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,13 @@ class EvalRecord:
 
     Perplexities are over all predicted tokens; `kl_mean` is the mean Kullback-Leibler divergence of the
     sparse from the dense next-token distribution, in nats; `same_top` how often both put the same token
-    first. `mass_mean` is the share of the dense softmax that falls on the kept keys and `kept_mean` their
-    number per row; both are means over sampled rows of the layers that are not dense. `top_k` 0 without a
-    configuration is dense attention itself.
+    first. Standard errors (`_se`) are those of means over segments of 64 tokens; None with one segment.
+    `where` Sparse-K worked: "all" of the window, or only its "prompt" or the "generation" after that, and
+    then only the last `scored` tokens of a window are predicted.
+
+    `mass[layer][head]` is the share of the dense softmax that falls on the kept keys, `kept[layer]` the
+    number of keys a row keeps, over sampled rows; None for layers that keep everything. `mass_mean` and
+    `kept_mean` are their means. `top_k` 0 without a configuration is dense attention itself.
     """
 
     engine: str
@@ -36,83 +43,78 @@ class EvalRecord:
     text: str
     context: int
     windows: int
+    where: str
+    scored: int
     top_k: int | str
     config: dict[str, Any] | None
     ppl_dense: float
     ppl: float
     ppl_ratio: float
+    ppl_ratio_se: float | None
     kl_mean: float
+    kl_se: float | None
     same_top: float
     mass_mean: float | None
     kept_mean: float | None
+    mass: list[list[float] | None]
+    kept: list[float | None]
     environment: dict[str, Any]
 
 
-@dataclass
-class _Sums:
-    """Running sums over tokens (loss, kl, same) and over attention rows (mass, kept)."""
+@dataclass(frozen=True)
+class Windows:
+    """Which tokens are evaluated, and how.
 
-    loss_dense: float = 0.0
-    loss: float = 0.0
-    kl: float = 0.0
-    same: int = 0
-    tokens: int = 0
-    mass: float = 0.0
-    kept: int = 0
-    rows: int = 0
-
-    def add(self, dense: torch.Tensor, sparse: torch.Tensor, following: torch.Tensor) -> None:
-        """Add log-probabilities [rows, vocabulary] and the tokens [rows] that really followed."""
-        picked = following[:, None]
-        self.loss_dense -= float(dense.gather(1, picked).double().sum())
-        self.loss -= float(sparse.gather(1, picked).double().sum())
-        self.kl += float((dense.exp() * (dense - sparse)).sum(-1).double().sum())
-        self.same += int((dense.argmax(-1) == sparse.argmax(-1)).sum())
-        self.tokens += len(following)
-
-    def observe(self, _layer: int, problem: Problem, _out: Any) -> None:
-        if not problem.keeps_all:
-            mass, kept, rows = retained_mass(problem)
-            self.mass += mass
-            self.kept += kept
-            self.rows += rows
-
-
-def evaluate(
-    engine: Engine,
-    configs: Sequence[SparseKConfig | None],
-    *,
-    text: str,
-    text_name: str,
-    context: int,
-    windows: int = 1,
-    advance: Callable[[], None] = lambda: None,
-) -> list[EvalRecord]:
-    """Measure each configuration on the first `windows` windows of `context` tokens of a text.
-
-    None among them is dense attention, which is measured once anyway. `advance` is called after each pass of
-    the model: `passes(configs, windows)` times.
-
-    Raises:
-        ValueError: the text is shorter than the windows, or `context` outside 2 .. the model's context.
+    Args:
+        tokens: of the whole text.
+        context: tokens of a window. count: of windows, one after the other. first: the window to begin with.
+        where: see `EvalRecord`. generated: the last tokens of a window, which count as generated, one at a
+            time, unless `where` is "all".
     """
-    if not 2 <= context <= engine.context_length:
-        raise ValueError(f"context = {context}: must be 2 to {engine.context_length}, the model's own")
-    if windows < 1:
-        raise ValueError(f"windows = {windows}: must be at least 1")
-    tokens = engine.encode(text)
-    if len(tokens) < context * windows:
-        raise ValueError(
-            f"the text has {len(tokens)} tokens, {windows} window(s) of {context} need {context * windows}: "
-            "take a longer text or a smaller --context"
-        )
-    sums = [_Sums() for _ in configs]
-    for window in range(windows):
-        _evaluate_window(engine, configs, tokens[window * context : (window + 1) * context], sums, advance)
-    return [
-        _record(engine, config, total, text_name, context, windows)
-        for config, total in zip(configs, sums, strict=True)
-    ]
+
+    tokens: list[int]
+    context: int
+    count: int = 1
+    first: int = 0
+    where: Where = "all"
+    generated: int = 256
+
+    def check(self, engine: Engine) -> None:
+        """Raises ValueError when the text is shorter than the windows, or a number is out of range."""
+        if not 2 <= self.context <= engine.context_length:
+            raise ValueError(
+                f"context = {self.context}: must be 2 to {engine.context_length}, the model's own"
+            )
+        if self.count < 1:
+            raise ValueError(f"windows = {self.count}: must be at least 1")
+        if self.where != "all" and not 1 <= self.generated < self.context:
+            raise ValueError(
+                f"generated = {self.generated}: must be 1 to {self.context - 1}, within the context"
+            )
+        needed = self.context * (self.first + self.count)
+        if len(self.tokens) < needed:
+            raise ValueError(
+                f"the text has {len(self.tokens)} tokens, {self.count} window(s) of {self.context} need "
+                f"{needed}: take a longer text, a smaller --context or fewer --windows"
+            )
+
+    def window(self, number: int) -> list[int]:
+        start = (self.first + number) * self.context
+        return self.tokens[start : start + self.context]
+
+    @property
+    def scored(self) -> int:
+        """Predicted tokens of a window."""
+        return self.context - 1 if self.where == "all" else self.generated
+
+    def parts(self, window: list[int], config: SparseKConfig | None) -> list[Part]:
+        if self.where == "all":
+            return [Part(window, config)]
+        # The last token of the prompt predicts the first generated one.
+        split = self.context - self.generated - 1
+        of_prompt, of_generation = (config, None) if self.where == "prompt" else (None, config)
+        parts = [Part(window[:split], of_prompt, scored=False)] if split else []
+        return [*parts, Part(window[split:], of_generation, step=1)]
 
 
 def passes(configs: Sequence[SparseKConfig | None], windows: int) -> int:
@@ -120,90 +122,169 @@ def passes(configs: Sequence[SparseKConfig | None], windows: int) -> int:
     return windows * (1 + sum(config is not None for config in configs))
 
 
-def _evaluate_window(
+def evaluate(
     engine: Engine,
     configs: Sequence[SparseKConfig | None],
-    tokens: list[int],
-    sums: list[_Sums],
-    advance: Callable[[], None],
-) -> None:
-    """All passes side by side, chunk by chunk: no pass's logits are kept."""
-    dense_pass = _pass(engine, tokens, None, None, advance)
-    sparse_passes = [
-        None if config is None else _pass(engine, tokens, config, total, advance)
-        for config, total in zip(configs, sums, strict=True)
+    windows: Windows,
+    *,
+    text_name: str,
+    journal: Journal | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[EvalRecord]:
+    """Measure each configuration. None among them is dense attention, which is measured once anyway.
+
+    `advance` is called with the number of tokens whenever the model has processed some:
+    `passes(configs, windows.count) * windows.context` in all.
+
+    Raises:
+        ValueError: as `Windows.check`.
+    """
+    windows.check(engine)
+    journal = journal or Journal(None, {})
+    results = []
+    for number in range(windows.count):
+        key = f"window {windows.first + number}, {windows.where}: {[c and c.to_dict() for c in configs]}"
+        if journal.has(key):
+            advance(passes(configs, 1) * windows.context)
+
+        def measure(number: int = number) -> Any:
+            window = windows.window(number)
+            return [asdict(r) for r in _measure(engine, configs, windows, window, advance)]
+
+        results.append([_Result(**r) for r in journal.get(key, measure)])
+    return [
+        _record(engine, config, [of_window[i] for of_window in results], windows, text_name)
+        for i, config in enumerate(configs)
     ]
-    following = torch.tensor(tokens[1:])
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Of one configuration on one window. `segments`: [loss_dense, loss, kl, same, tokens], sums."""
+
+    segments: list[list[float]]
+    layers: dict[str, Any]
+
+
+def _measure(
+    engine: Engine,
+    configs: Sequence[SparseKConfig | None],
+    windows: Windows,
+    window: list[int],
+    advance: Callable[[int], None],
+) -> list[_Result]:
+    """All passes side by side, chunk by chunk: no pass's logits are kept."""
+    observers = [MassObserver() for _ in configs]
+    dense_pass = _pass(engine, windows.parts(window, None), None, advance)
+    sparse_passes = [
+        None if config is None else _pass(engine, windows.parts(window, config), observer, advance)
+        for config, observer in zip(configs, observers, strict=True)
+    ]
+    following = torch.tensor(window[-windows.scored :])
+    measured: list[list[torch.Tensor]] = [[] for _ in configs]
     for chunk in dense_pass:
         dense = chunk[: len(following)].log_softmax(-1)
         picked, following = following[: len(dense)].to(dense.device), following[len(dense) :]
-        for sparse_pass, total in zip(sparse_passes, sums, strict=True):
+        for sparse_pass, found in zip(sparse_passes, measured, strict=True):
             sparse = dense if sparse_pass is None else next(sparse_pass)[: len(dense)].log_softmax(-1)
-            total.add(dense, sparse, picked)
+            found.append(_compare(dense, sparse, picked))
     for sparse_pass in sparse_passes:
         if sparse_pass is not None:
             next(sparse_pass, None)  # it is at its end
+    return [
+        _Result(
+            [[*part.sum(0).tolist(), len(part)] for part in torch.split(torch.cat(found), _SEGMENT)],
+            {str(layer): asdict(mass) for layer, mass in observer.layers.items()},
+        )
+        for found, observer in zip(measured, observers, strict=True)
+    ]
+
+
+def _compare(dense: torch.Tensor, sparse: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    """From log-probabilities [rows, vocabulary] and the tokens [rows] that really followed, of each row:
+    loss_dense, loss, kl, same; [rows, 4] in float64 on the CPU."""
+    picked = following[:, None]
+    loss_dense, loss = (-x.gather(1, picked)[:, 0].double() for x in (dense, sparse))
+    kl = (dense.exp() * (dense - sparse)).sum(-1).double()
+    same = (dense.argmax(-1) == sparse.argmax(-1)).double()
+    return torch.stack([loss_dense, loss, kl, same], 1).cpu()
 
 
 def _pass(
-    engine: Engine,
-    tokens: list[int],
-    config: SparseKConfig | None,
-    total: _Sums | None,
-    advance: Callable[[], None],
+    engine: Engine, parts: list[Part], observer: MassObserver | None, advance: Callable[[int], None]
 ) -> Iterator[torch.Tensor]:
     """The logits of one pass, its attention observed."""
-    chunks = engine.logits(tokens, config)
+    total = sum(len(part.tokens) for part in parts)
+    chunks, told = engine.logits(parts), 0
     while True:
-        with contextlib.nullcontext() if total is None else engine.observed(total.observe):
+        with contextlib.nullcontext() if observer is None else engine.observed(observer):
             chunk = next(chunks, None)
         if chunk is None:
             break
+        advance(len(chunk))
+        told += len(chunk)
         yield chunk
-    advance()
-
-
-def retained_mass(p: Problem) -> tuple[float, int, int]:
-    """The share of the dense softmax that falls on the kept keys, and their number, both added up over
-    sampled rows of every head; and the number of these."""
-    mass, kept, count = 0.0, 0, 0
-    p = _on_torch(p)
-    for block in sample(p.num_queries, max(8, p.num_queries // MASS_ONE_IN)):
-        for chunk in reference.chunks(p.rows(block)):
-            scores = torch.where(chunk.allowed, chunk.scores, -math.inf)
-            shares = torch.where(chunk.kept, scores.softmax(-1), 0.0)
-            mass += float(shares.nansum())  # a row with no allowed key has no mass to retain
-            kept += int(chunk.kept.sum())
-            count += chunk.kept[..., 0].numel()
-    return mass, kept, count
-
-
-def _on_torch(p: Problem) -> Problem:
-    """The problem on torch tensors."""
-    if isinstance(p.q, torch.Tensor):
-        return p
-    q, k = torch.from_numpy(p.q), torch.from_numpy(p.k)
-    return replace(p, q=q, k=k, v=None, mask=None if p.mask is None else torch.tensor(p.mask))
+    advance(total - told)  # those without logits
 
 
 def _record(
-    engine: Engine, config: SparseKConfig | None, total: _Sums, text: str, context: int, windows: int
+    engine: Engine,
+    config: SparseKConfig | None,
+    results: Sequence[_Result],
+    windows: Windows,
+    text: str,
 ) -> EvalRecord:
-    dense, sparse = math.exp(total.loss_dense / total.tokens), math.exp(total.loss / total.tokens)
+    segments = [segment for result in results for segment in result.segments]
+    loss_dense, loss, kl, same, tokens = (math.fsum(column) for column in zip(*segments, strict=True))
+    dense, sparse = math.exp(loss_dense / tokens), math.exp(loss / tokens)
+    whole = [s for s in segments if s[4] >= _SEGMENT / 2]
+    difference_se = _standard_error([(s[1] - s[0]) / s[4] for s in whole])
+    layers = _add([result.layers for result in results])
+    mass: list[list[float] | None] = []
+    kept: list[float | None] = []
+    for layer in range(engine.num_layers):
+        found = layers.get(layer)
+        mass.append([m / found.rows for m in found.mass] if found else None)
+        kept.append(found.kept / found.rows if found else None)
     return EvalRecord(
         engine=engine.name,
         model=engine.model,
         text=text,
-        context=context,
-        windows=windows,
+        context=windows.context,
+        windows=windows.count,
+        where=windows.where,
+        scored=windows.scored,
         top_k=budget_name(config),
         config=None if config is None else config.to_dict(),
         ppl_dense=dense,
         ppl=sparse,
         ppl_ratio=sparse / dense,
-        kl_mean=total.kl / total.tokens,
-        same_top=total.same / total.tokens,
-        mass_mean=total.mass / total.rows if total.rows else None,
-        kept_mean=total.kept / total.rows if total.rows else None,
+        ppl_ratio_se=None if difference_se is None else sparse / dense * difference_se,
+        kl_mean=kl / tokens,
+        kl_se=_standard_error([s[2] / s[4] for s in whole]),
+        same_top=same / tokens,
+        mass_mean=_mean([m for heads in mass if heads for m in heads]),
+        kept_mean=_mean([k for k in kept if k is not None]),
+        mass=mass,
+        kept=kept,
         environment=environment(),
     )
+
+
+def _add(windows: Sequence[dict[str, Any]]) -> dict[int, LayerMass]:
+    totals: dict[int, LayerMass] = {}
+    for window in windows:
+        for layer, found in window.items():
+            total = totals.setdefault(int(layer), LayerMass([0.0] * len(found["mass"])))
+            total.mass = [a + b for a, b in zip(total.mass, found["mass"], strict=True)]
+            total.kept += found["kept"]
+            total.rows += found["rows"]
+    return totals
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _standard_error(samples: Sequence[float]) -> float | None:
+    return statistics.stdev(samples) / math.sqrt(len(samples)) if len(samples) > 1 else None

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparsek.evaluate.journal import Journal
+
+WORK = {"model": "m", "context": 64}
+
+
+def must_not_run() -> None:
+    raise AssertionError("this was finished before")
+
+
+def test_finished_parts_are_not_made_again(tmp_path: Path) -> None:
+    file = tmp_path / "j.jsonl"
+    first = Journal(file, WORK)
+    assert first.get("a", lambda: [1, 2.5]) == [1, 2.5]
+    second = Journal(file, WORK)
+    assert second.get("a", must_not_run) == [1, 2.5]
+    assert second.get("b", lambda: None) is None
+    assert Journal(file, WORK).get("b", must_not_run) is None
+
+
+def test_a_line_that_was_cut_short_is_made_again(tmp_path: Path) -> None:
+    file = tmp_path / "j.jsonl"
+    journal = Journal(file, WORK)
+    journal.get("a", lambda: 1)
+    journal.get("b", lambda: 2)
+    file.write_bytes(file.read_bytes()[:-5])
+    again = Journal(file, WORK)
+    assert again.get("a", must_not_run) == 1
+    assert not again.has("b")
+    again.get("b", lambda: 3)
+    assert Journal(file, WORK).get("b", must_not_run) == 3
+
+
+def test_without_a_path_nothing_is_written() -> None:
+    journal = Journal(None, WORK)
+    assert journal.get("a", lambda: 1) == 1
+    assert journal.get("a", must_not_run) == 1
+
+
+def test_other_work_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "j.jsonl"
+    Journal(file, WORK)
+    with pytest.raises(ValueError, match="its context was 64 and is now 65"):
+        Journal(file, {**WORK, "context": 65})
+
+
+@pytest.mark.parametrize("content", ["a text\n", "[1]\n", '{"key": 1}\n', '{"work": {}}\n[]\n'])
+def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text(content)
+    with pytest.raises(ValueError, match="not a file to resume from"):
+        Journal(file, WORK)
+    assert file.read_text() == content
