@@ -16,7 +16,8 @@ import gguf
 from sparsek import SparseKConfig
 from sparsek.engines import annotate as library
 from sparsek.engines.base import open_engine
-from sparsek.engines.model_file import embedded_model, read_gguf
+from sparsek.engines.gguf_header import read_header
+from sparsek.engines.model_file import embedded_model
 
 from .conftest import Sparsek
 
@@ -87,7 +88,7 @@ def test_only_the_setting_changes(sparsek: Sparsek, model: Path) -> None:
     assert reader.alignment == 256
     assert all(tensor.data_offset % 256 == 0 for tensor in reader.tensors)
     written = SparseKConfig(top_k=64, window=32, dense_layers=(0, 3))
-    assert SparseKConfig.from_gguf_metadata(read_gguf(copy)) == written
+    assert SparseKConfig.from_gguf_metadata(read_header(copy).metadata) == written
     assert sorted(file.name for file in model.parent.iterdir()) == ["copy.gguf", "model.gguf"]
 
 
@@ -95,7 +96,7 @@ def test_a_setting_is_replaced_and_removed(sparsek: Sparsek, model: Path) -> Non
     old = write_model(model.with_name("old.gguf"), top_k="auto", tail="none", dense_layers="none")
     new, none = model.with_name("new.gguf"), model.with_name("none.gguf")
     sparsek("annotate", str(old), str(new), "--pure", "-k", "16")
-    assert SparseKConfig.from_gguf_metadata(read_gguf(new)) == SparseKConfig.pure(16)
+    assert SparseKConfig.from_gguf_metadata(read_header(new).metadata) == SparseKConfig.pure(16)
     printed = sparsek("annotate", str(new), str(none), "--remove")
     assert "removed: sparsek.top_k, sparsek.sinks" in printed
     assert none.read_bytes() == model.read_bytes()
@@ -108,7 +109,7 @@ def test_a_configuration_file(sparsek: Sparsek, model: Path) -> None:
     file, copy = model.with_name("config.json"), model.with_name("copy.gguf")
     file.write_text(config.to_json())
     sparsek("annotate", str(model), str(copy), "--config", str(file))
-    assert SparseKConfig.from_gguf_metadata(read_gguf(copy)) == config
+    assert SparseKConfig.from_gguf_metadata(read_header(copy).metadata) == config
 
 
 @pytest.mark.model
@@ -135,7 +136,7 @@ def test_the_model_carries_its_setting(sparsek: Sparsek, tmp_path: Path) -> None
         (["{model}", "{folder}/hard.gguf", "--force"], "input and output are the same file"),
         (["{model}", "{folder}", "--force"], "the output exists and is not a file: {folder}"),
         (["{model}", "{folder}/other.gguf"], "the output exists (--force replaces it): {folder}/other.gguf"),
-        (["{folder}/other.gguf", "{folder}/out.gguf"], "not a GGUF file (it begins with b'none')"),
+        (["{folder}/other.gguf", "{folder}/out.gguf"], "not a GGUF file (it begins with 'none')"),
         (["{folder}/cut.gguf", "{folder}/out.gguf"], "truncated GGUF file"),
         (["{model}", "{folder}/out.gguf", "-k", "1,2"], "-k 1,2: annotate takes one K"),
         (["{model}", "{folder}/out.gguf", "-k", "0"], "-k 0 is dense attention"),

@@ -72,7 +72,7 @@ def test_prompt_longer_than_the_context(sparsek_fails: Sparsek, tmp_path: Path) 
 def test_model_that_is_not_gguf(sparsek_fails: Sparsek, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"PK\x03\x04 not a model")
-    assert f"not a GGUF file (it begins with b'PK\\x03\\x04'): {file}" in sparsek_fails(
+    assert f"not a GGUF file (it begins with 'PK\\x03\\x04'): {file}" in sparsek_fails(
         "run", "-p", "x", "-m", str(file)
     )
 

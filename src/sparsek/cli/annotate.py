@@ -53,6 +53,6 @@ def command(
     removed = annotate(Path(source), Path(target), config, force=force)
     click.echo(f"wrote {target}")
     for name, value in (config.to_gguf_metadata() if config else {}).items():
-        click.echo(f"  {name} = {value}")
+        click.echo(f"  {name} = {str(value).removesuffix(',')}")
     if remove:
         click.echo(f"  removed: {', '.join(removed) or 'nothing, it has no sparsek.* metadata'}")

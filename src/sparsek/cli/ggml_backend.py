@@ -33,3 +33,7 @@ def command(only_path: bool, debug: bool) -> None:  # noqa: ARG001
     for name, value in variables.items():
         click.echo(f"  {name.ljust(width)}  {value}")
     click.echo("\nSPARSEK_CONFIG is a JSON file like those of --config; the other variables change it.")
+    click.echo(
+        "Where it works, llama.cpp's log says: load_backend: loaded SPARSEK backend. Contexts below "
+        "SPARSEK_MIN_CONTEXT stay dense."
+    )

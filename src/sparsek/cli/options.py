@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from .. import _core
 from ..config import SparseKConfig, TopK, parse_layers
 from ..engines import base
 from ..engines.base import ENGINES, Engine
+from .output import status
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -152,13 +152,9 @@ def note_dense(configs: Sequence[SparseKConfig | None], contexts: Sequence[int])
 
 
 def load(engine: str | None, model: str | None, threads: int | None, **options: Any) -> Engine:
-    """Open the engine, with its `options`, and a sign of life on stderr when that is a terminal."""
-    from rich.console import Console
-
+    """Open the engine, with its `options`."""
     threads = use_threads(threads)
-    console = Console(stderr=True)
-    waiting = console.status("loading the model") if console.is_terminal else contextlib.nullcontext()
-    with waiting:
+    with status("loading the model"):
         return base.open_engine(engine, model, threads=threads, **options)
 
 

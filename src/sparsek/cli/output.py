@@ -53,6 +53,14 @@ def _write_csv(rows: Sequence[dict[str, Any]]) -> None:
         writer.writerow({k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in row.items()})
 
 
+def status(text: str) -> contextlib.AbstractContextManager[object]:
+    """A sign of life on stderr within the block, when that is a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console.status(text) if console.is_terminal else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
     """A bar with time left on stderr when that is a terminal; yields what to call after each step, or with

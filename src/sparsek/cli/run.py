@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import click
 
 from ..config import TopK
 from .options import Budgets, common_options, load, make_configs, model_options, rule_options
+from .output import status
 
 
 @click.command("run")
@@ -70,13 +72,17 @@ def command(
     prompt_seconds = 0.0
     produced: list[int] = []
     shown = ""
+    waiting = contextlib.ExitStack()
+    waiting.enter_context(status(f"processing the prompt, {len(ids)} tokens"))
     for token in opened.generate(ids, tokens, chosen):
+        waiting.close()
         prompt_seconds = prompt_seconds or time.perf_counter() - start
         produced.append(token)
         text = opened.decode(produced)
         if not text.endswith("\ufffd"):  # half of a character: wait for the rest
             click.echo(text[len(shown) :], nl=False)
             shown = text
+    waiting.close()
     total = time.perf_counter() - start
     click.echo()
     steps = max(0, len(produced) - 1)

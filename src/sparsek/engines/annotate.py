@@ -13,10 +13,10 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Final
 
 from ..config import SparseKConfig
-from .model_file import read_gguf
+from .gguf_header import GgufHeader, read_header
 
 _PREFIX: Final = "sparsek."
 _COUNT_AT: Final = 16  # the number of fields comes after magic, version and the number of tensors
@@ -39,18 +39,12 @@ def annotate(source: Path, target: Path, config: SparseKConfig | None, *, force:
     if not source.is_file():
         raise FileNotFoundError(f"no such file: {str(source)!r}")
     _check_target(source, target, force=force)
-    read_gguf(source)
-    from gguf import GGUFReader
-
-    reader = GGUFReader(source)
-    if reader.byte_order != "I":
-        raise ValueError(f"the GGUF file is for machines of another byte order: {source}")
+    header = read_header(source)
     with _replacing(target) as out, source.open("rb") as data:
-        out.write(_header(reader, config))
-        data.seek(reader.data_offset)
+        out.write(_written_anew(header, data.read(header.data_offset), config))
         shutil.copyfileobj(data, out, _PIECE)
         os.chmod(out.name, source.stat().st_mode & 0o666)
-    return [name for name in reader.fields if name.startswith(_PREFIX)]
+    return [name for name in header.metadata if name.startswith(_PREFIX)]
 
 
 def _check_target(source: Path, target: Path, *, force: bool) -> None:
@@ -79,30 +73,19 @@ def _replacing(target: Path) -> Iterator[IO[bytes]]:
             raise
 
 
-def _header(reader: Any, config: SparseKConfig | None) -> bytes:
-    """All that precedes the tensors."""
-    kept = [_source_bytes(reader, field) for name, field in reader.fields.items() if _is_kept(name)]
+def _written_anew(header: GgufHeader, data: bytes, config: SparseKConfig | None) -> bytes:
+    """All that precedes the tensors; `data` is what did so far."""
+    kept = [data[slice(*span)] for name, span in header.spans.items() if not name.startswith(_PREFIX)]
     added = [_field(name, v) for name, v in (config.to_gguf_metadata() if config else {}).items()]
     parts = [
-        reader.data[:_COUNT_AT].tobytes(),
+        data[:_COUNT_AT],
         struct.pack("<Q", len(kept) + len(added)),
         *kept,
         *added,
-        *(_source_bytes(reader, tensor.field) for tensor in reader.tensors),
+        data[slice(*header.tensors)],
     ]
-    header = b"".join(parts)
-    return header + bytes(-len(header) % int(reader.alignment))
-
-
-def _is_kept(name: str) -> bool:
-    # Names with GGUF in front are not fields of the file: the reader makes them.
-    return not name.startswith((_PREFIX, "GGUF."))
-
-
-def _source_bytes(reader: Any, field: Any) -> bytes:
-    size = sum(int(part.nbytes) for part in field.parts)
-    data: bytes = reader.data[field.offset : field.offset + size].tobytes()
-    return data
+    written = b"".join(parts)
+    return written + bytes(-len(written) % header.alignment)
 
 
 def _field(name: str, value: str | int) -> bytes:

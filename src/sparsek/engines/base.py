@@ -25,13 +25,17 @@ ENGINES: Final = {
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens of a sequence that are processed alike: under `config` (None: dense), `step` at a time (None: as
-    many as the engine likes), and with their logits wanted or not."""
+    """Tokens of a sequence that are processed alike.
+
+    Args:
+        config: None is dense. step: tokens at a time; as many as the engine likes when None.
+        scored: logits are wanted of every `scored`-th token, counted from the part's first; 0 is none.
+    """
 
     tokens: list[int]
     config: SparseKConfig | None
     step: int | None = None
-    scored: bool = True
+    scored: int = 1
 
 
 class Engine(Protocol):
@@ -74,8 +78,8 @@ class Engine(Protocol):
         token comes when the prompt has been processed."""
 
     def logits(self, parts: Sequence[Part]) -> Iterator[Any]:
-        """Process one sequence, given in parts; next-token logits of every position of the scored ones,
-        torch tensors [rows, vocabulary], some rows at a time. Their attention runs before each chunk comes,
+        """Process one sequence, given in parts; next-token logits of the positions that are scored, torch
+        tensors [rows, vocabulary], some rows at a time. Their attention runs before each chunk comes,
         or all before the first; several may be read in turns."""
 
     def observed(

@@ -15,7 +15,8 @@ from ..config import SparseKConfig
 from ..integrations import llama_cpp as integration
 from . import llama_api as api
 from .base import Observer, Part
-from .model_file import find_model, read_gguf
+from .gguf_header import read_header
+from .model_file import find_model
 
 _BATCH: Final = 512  # tokens handed over at once, between which Ctrl-C is obeyed
 
@@ -36,7 +37,7 @@ class LlamaEngine:
         path = find_model(model)
         if not path.is_file():
             raise ValueError(f"the engine llama needs a GGUF file: {path}")
-        self.model_config = SparseKConfig.from_gguf_metadata(read_gguf(path))
+        self.model_config = SparseKConfig.from_gguf_metadata(read_header(path).metadata)
         self._lib = lib = api.library()
         self._flash_attention, self._rope_scale = flash_attention, rope_scale
         self.dense = f"flash attention {'on' if flash_attention else 'off'}"
@@ -86,7 +87,7 @@ class LlamaEngine:
         with self._context(len(tokens) + 1, config) as context:
             for i in range(0, len(tokens), _BATCH):
                 part, start = tokens[i : i + _BATCH], time.perf_counter()
-                self._submit(context, part, every_token=False)
+                self._submit(context, part)
                 yield len(part), time.perf_counter() - start
 
     def generation(self, depth: list[int], count: int, config: SparseKConfig | None) -> Callable[[], float]:
@@ -134,24 +135,27 @@ class LlamaEngine:
             context.config, step = part.config, part.step or _BATCH
             for start in range(0, len(part.tokens), step):
                 tokens = part.tokens[start : start + step]
-                self._submit(context, tokens, every_token=part.scored)
-                if part.scored:
+                wanted = range(-start % part.scored, len(tokens), part.scored) if part.scored else range(0)
+                self._submit(context, tokens, wanted)
+                if wanted:
                     rows = self._lib.llama_get_logits(context.value)
-                    shape = (len(tokens), self._vocabulary)
+                    shape = (len(wanted), self._vocabulary)
                     yield torch.from_numpy(np.ctypeslib.as_array(rows, shape=shape).copy())
 
     def _append(self, context: _Context, tokens: Sequence[int]) -> int:
         """Process tokens; the most likely next one."""
-        self._submit(context, tokens, every_token=False)
+        self._submit(context, tokens)
         scores = self._lib.llama_get_logits_ith(context.value, -1)
         return int(np.ctypeslib.as_array(scores, shape=(self._vocabulary,)).argmax())
 
-    def _submit(self, context: _Context, tokens: Sequence[int], *, every_token: bool) -> None:
+    def _submit(self, context: _Context, tokens: Sequence[int], scored: Sequence[int] = ()) -> None:
+        """Process tokens; logits of those with the numbers `scored`, or else of the last of each batch."""
         integration.configure(context.config)  # another context may have had its turn
         for start in range(0, len(tokens), _BATCH):
             part = tokens[start : start + _BATCH]
-            wanted = (ctypes.c_int8 * len(part))(*([int(every_token)] * len(part)))
-            wanted[-1] = 1
+            wanted = (ctypes.c_int8 * len(part))()
+            for i in scored or [len(part) - 1]:
+                wanted[i] = 1
             batch = api.Batch(len(part), (ctypes.c_int32 * len(part))(*part), None, None, None, None, wanted)
             status = self._lib.llama_decode(context.value, batch)
             self._operations += self.num_layers

