@@ -5,6 +5,7 @@
 // long as the process.
 
 #include <atomic>
+#include <cctype>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -59,7 +60,15 @@ Settings current_settings() {
     return state().settings;
 }
 
-void say(const std::string& line) { std::fprintf(stderr, "sparsek: %s\n", line.c_str()); }
+// One line, whatever was quoted in it.
+void say(std::string line) {
+    constexpr size_t kLongest = 400;
+    if (line.size() > kLongest) line = line.substr(0, kLongest) + "...";
+    for (char& c : line) {
+        if (std::iscntrl(static_cast<unsigned char>(c))) c = ' ';
+    }
+    std::fprintf(stderr, "sparsek: %s\n", line.c_str());
+}
 
 // A backend's own state: there is one for each context of the host.
 struct Stream {
@@ -280,8 +289,10 @@ void* procedure(Registry*, const char* name) {
 Registry* loaded(const void* caller) {
     State& s = state();
     if (s.host) return &s.registry;
-    s.host = find_host(caller);
+    auto host = find_host(caller);
     s.settings = settings_from_environment();
+    num_threads(), active_isa();  // what is wrong in their variables shows now
+    s.host = std::move(host);
     s.registry.api_version = s.host->api_version;
     s.registry.get_name = registry_name;
     s.registry.get_device_count = device_count;

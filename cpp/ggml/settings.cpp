@@ -1,5 +1,8 @@
 #include "settings.h"
 
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cctype>
 #include <cmath>
@@ -62,7 +65,16 @@ void set(Settings* s, const std::string& field, const std::string& text) {
     }
 }
 
-// A flat JSON object, its values as the text that set() takes.
+// What no single field shows.
+Settings checked(const Settings& s) {
+    const bool some_zero = std::find(s.top_k.begin(), s.top_k.end(), 0) != s.top_k.end();
+    if (!s.off() && some_zero && s.sinks + s.window + s.stride == 0)
+        throw std::invalid_argument(
+            "top_k = 0 with sinks = window = stride = 0 keeps no key at all in a layer");
+    return s;
+}
+
+// A JSON object of numbers, words and lists of these, its values as the text that set() takes.
 class Reader {
    public:
     explicit Reader(const std::string& text) : text_(text) {}
@@ -74,7 +86,12 @@ class Reader {
             do {
                 const std::string name = string();
                 expect(':');
-                on_field(name, value());
+                skip();
+                const bool is_list = peek() == '[';
+                if (is_list && name != "top_k" && name != "dense_layers") fail();
+                const std::string text = is_list ? list() : value();
+                if (name == "check_finite" && text != "true" && text != "false") fail();
+                on_field(name, text);
             } while (take(','));
             expect('}');
         }
@@ -83,17 +100,18 @@ class Reader {
     }
 
    private:
+    std::string list() {
+        expect('[');
+        std::string all;
+        if (take(']')) return "none";
+        do all += (all.empty() ? "" : ",") + value();
+        while (take(','));
+        expect(']');
+        return all;
+    }
     std::string value() {
         skip();
         if (peek() == '"') return string();
-        if (take('[')) {
-            std::string all;
-            if (take(']')) return "none";
-            do all += (all.empty() ? "" : ",") + value();
-            while (take(','));
-            expect(']');
-            return all;
-        }
         std::string word;
         while (at_ < text_.size() && (std::isalnum(static_cast<unsigned char>(text_[at_])) ||
                                       text_[at_] == '-' || text_[at_] == '.' || text_[at_] == '+'))
@@ -122,13 +140,42 @@ class Reader {
         if (!take(c)) fail();
     }
     [[noreturn]] void fail() const {
+        const std::string rest = at_ < text_.size() ? "'" + text_.substr(at_, 40) + "'" : "its end";
         throw std::invalid_argument("not a JSON object of settings, at character " + std::to_string(at_) +
-                                    ": " + text_.substr(0, 80));
+                                    ": " + rest);
     }
 
     const std::string& text_;
     size_t at_ = 0;
 };
+
+// Of a plain file: a pipe or a device might never end.
+std::string file_text(const char* path) {
+    constexpr off_t kLongest = 1 << 20;
+    const std::string given = std::string("SPARSEK_CONFIG = '") + path + "'";
+    struct stat about{};
+    if (stat(path, &about) != 0) throw std::invalid_argument(given + ": there is no such file");
+    if (!S_ISREG(about.st_mode)) throw std::invalid_argument(given + ": not a file");
+    if (about.st_size > kLongest) throw std::invalid_argument(given + ": longer than 1 MiB");
+    std::ifstream file(path);
+    if (!file) throw std::invalid_argument(given + ": cannot be read");
+    std::stringstream text;
+    text << file.rdbuf();
+    return text.str();
+}
+
+// A variable with a typing error in its name would be obeyed by nobody.
+void refuse_unknown(const std::vector<std::string>& known) {
+    constexpr const char* kPrefix = "SPARSEK_";
+    for (char** entry = environ; *entry; ++entry) {
+        const std::string text = *entry, name = text.substr(0, text.find('='));
+        if (name.rfind(kPrefix, 0) != 0) continue;
+        if (std::find(known.begin(), known.end(), name) != known.end()) continue;
+        std::string all;
+        for (const std::string& variable : known) all += (all.empty() ? "" : ", ") + variable;
+        throw std::invalid_argument("there is no variable " + name + ": known are " + all);
+    }
+}
 
 }  // namespace
 
@@ -149,23 +196,20 @@ Rule Settings::rule(int64_t layer, int64_t num_keys) const {
 
 Settings settings_from_json(const std::string& text, Settings s) {
     Reader(text).object([&](const std::string& name, const std::string& value) { set(&s, name, value); });
-    return s;
+    return checked(s);
 }
 
 Settings settings_from_environment() {
     Settings s;
     if (const char* path = std::getenv("SPARSEK_CONFIG")) {
-        std::ifstream file(path);
-        if (!file)
-            throw std::invalid_argument(std::string("SPARSEK_CONFIG = '") + path + "': cannot be read");
-        std::stringstream text;
-        text << file.rdbuf();
+        const std::string text = file_text(path);
         try {
-            s = settings_from_json(text.str(), s);
+            s = settings_from_json(text, s);
         } catch (const std::invalid_argument& error) {
-            throw std::invalid_argument(std::string(path) + ": " + error.what());
+            throw std::invalid_argument("SPARSEK_CONFIG = '" + std::string(path) + "': " + error.what());
         }
     }
+    std::vector<std::string> known = {"SPARSEK_CONFIG", "SPARSEK_ISA", "SPARSEK_NUM_THREADS"};
     for (const char* field : {"top_k", "sinks", "window", "stride", "tail", "dense_layers", "min_context"}) {
         std::string variable = "SPARSEK_";
         for (const char* c = field; *c; ++c)
@@ -175,8 +219,10 @@ Settings settings_from_environment() {
         } catch (const std::invalid_argument& error) {
             throw std::invalid_argument(variable + ": " + error.what());
         }
+        known.push_back(variable);
     }
-    return s;
+    refuse_unknown(known);
+    return checked(s);
 }
 
 }  // namespace sparsek::ggml

@@ -69,6 +69,17 @@ class SparseKConfig:
         """The plain method: the `top_k` best keys in every layer at every length, -inf elsewhere."""
         return cls(top_k=top_k, sinks=0, window=0, stride=0, tail="none", dense_layers=(), min_context=0)
 
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ValueError when the fields by layer are not those of a model with so many layers."""
+        if isinstance(self.top_k, tuple) and len(self.top_k) != num_layers:
+            raise ValueError(
+                f"top_k = {self.top_k!r} gives {len(self.top_k)} values and the model has {num_layers} layers"
+            )
+        if any(layer >= num_layers for layer in self.dense_layers):
+            raise ValueError(
+                f"dense_layers = {self.dense_layers!r}: the model has the layers 0 to {num_layers - 1}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types; `from_dict` reads it back."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
@@ -151,10 +162,9 @@ def _comma_list(values: list[Any]) -> str:
 def _parse_budget(text: str) -> TopK:
     if text.strip() == "auto":
         return "auto"
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f'top_k = {text!r}: must be an integer >= 0 or "auto"') from None
+    if not (text.strip().isascii() and text.strip().isdecimal() and len(text) < 20):
+        raise ValueError(f'top_k = {text!r}: must be an integer >= 0 or "auto"')
+    return int(text)
 
 
 def _checked_top_k(value: Any) -> TopK | tuple[TopK, ...]:

@@ -146,7 +146,7 @@ def write_float_model(file: Path, layers: int) -> None:
     reader = gguf.GGUFReader(embedded_model())
     writer = gguf.GGUFWriter(file, "llama")
     for field in reader.fields.values():
-        if field.name == "general.architecture" or "." not in field.name:
+        if field.name == "general.architecture" or field.name.startswith("GGUF."):
             continue
         value = layers if field.name == "llama.block_count" else field.contents()
         inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None

@@ -108,7 +108,13 @@ def plain(model: Path) -> str:
         ("SPARSEK_WINDOW", "99999999999", "SPARSEK_WINDOW: window = '99999999999': must be a whole number"),
         ("SPARSEK_TAIL", "cut", "SPARSEK_TAIL: tail = 'cut': must be none or centroid"),
         ("SPARSEK_DENSE_LAYERS", "first", "SPARSEK_DENSE_LAYERS: dense_layers = 'first': must be"),
-        ("SPARSEK_CONFIG", "/no/such.json", "SPARSEK_CONFIG = '/no/such.json': cannot be read"),
+        ("SPARSEK_CONFIG", "/no/such.json", "SPARSEK_CONFIG = '/no/such.json': there is no such file"),
+        ("SPARSEK_CONFIG", "/dev/zero", "SPARSEK_CONFIG = '/dev/zero': not a file"),
+        ("SPARSEK_CONFIG", "/tmp", "SPARSEK_CONFIG = '/tmp': not a file"),
+        ("SPARSEK_TOPK", "12", "there is no variable SPARSEK_TOPK: known are SPARSEK_CONFIG"),
+        ("SPARSEK_TOP_K", "a\nb", "SPARSEK_TOP_K: top_k = 'a b': must be"),
+        ("SPARSEK_NUM_THREADS", "0", "SPARSEK_NUM_THREADS = '0': must be"),
+        ("SPARSEK_ISA", "foo", "SPARSEK_ISA = 'foo'"),
     ],
 )
 def test_wrong_variable(model: Path, plain: str, variable: str, value: str, line: str) -> None:
@@ -123,6 +129,10 @@ def test_wrong_variable(model: Path, plain: str, variable: str, value: str, line
         ('{"top_k": 64', "not a JSON object of settings, at character 12"),
         ("top_k = 64", "not a JSON object of settings, at character 0"),
         ('{"top_q": 64}', "there is no field 'top_q': known are top_k"),
+        ('{"top_k": ' + "[" * 50_000, "not a JSON object of settings, at character 11"),
+        ('{"window": [1]}', "not a JSON object of settings, at character 11: '[1]}'"),
+        ('{"check_finite": "banana"}', "not a JSON object of settings"),
+        ('{"top_k": [8, 0], "sinks": 0, "window": 0}', "keeps no key at all in a layer"),
         ('{"tail": "cut"}', "tail = 'cut': must be none or centroid"),
     ],
 )

@@ -72,8 +72,8 @@ COLUMNS: Final[list[Column]] = [
 )
 @click.option(
     "--rope-scale",
-    type=click.FloatRange(1, 1024),
-    default=1.0,
+    type=click.IntRange(1, 1024),
+    default=1,
     metavar="X",
     help="Stretch positions, for prompts X times as long as the model's context; engine llama, speed only.",
 )
@@ -90,7 +90,7 @@ def command(
     top_k: list[TopK] | None,
     repetitions: int,
     flash_attention: bool,
-    rope_scale: float,
+    rope_scale: int,
     text: str | None,
     threads: int | None,
     seed: int,  # noqa: ARG001

@@ -32,7 +32,7 @@ class Budgets(click.ParamType[Any]):
     def _budget(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> TopK:
         if text == "auto":
             return "auto"
-        if not text.isdecimal():
+        if not _is_number(text):
             self.fail(f'{text!r} is not a K: use an integer >= 0 (0 = dense) or "auto"', param, ctx)
         return int(text)
 
@@ -50,9 +50,13 @@ class Counts(click.ParamType[Any]):
             return list(value)
         parts = [part.strip() for part in value.split(",")]
         for part in parts:
-            if not part.isdecimal() or int(part) < self.minimum:
+            if not _is_number(part) or int(part) < self.minimum:
                 self.fail(f"{part!r} is not a number of tokens >= {self.minimum}", param, ctx)
         return [int(part) for part in parts]
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 20
 
 
 def _stacked(*options: Callable[[F], F]) -> Callable[[F], F]:

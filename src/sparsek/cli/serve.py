@@ -71,6 +71,8 @@ def command(
         raise click.UsageError(f"-k {','.join(map(str, top_k))}: serve takes one K")
     found = library.read_model(model)
     (config,) = make_configs(top_k, found.config, **rule)
+    if config is not None:
+        config.check_layers(found.num_layers)
     length = found.context(context)
     note_dense([config], [length])
     server = library.start(

@@ -168,6 +168,8 @@ class LlamaEngine:
         yield self._new_context(tokens, config)
 
     def _new_context(self, tokens: int, config: SparseKConfig | None) -> _Context:
+        if config is not None:
+            config.check_layers(self.num_layers)
         integration.configure(config)
         params = self._lib.llama_context_default_params()
         params.n_ctx = tokens

@@ -27,9 +27,10 @@ _ENDING: Final = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class ServableModel:
-    """A GGUF file: the most tokens it was made for, and the configuration that it carries, or None."""
+    """A GGUF file: its layers, the most tokens it was made for, and the configuration it carries, or None."""
 
     path: Path
+    num_layers: int
     context_length: int
     config: SparseKConfig | None
 
@@ -54,10 +55,11 @@ def read_model(model: str | None) -> ServableModel:
     if not path.is_file():
         raise ValueError(f"the server needs a GGUF file: {path}")
     metadata = read_header(path).metadata
-    length = metadata.get(f"{metadata['general.architecture']}.context_length")
-    if not length:
+    architecture = metadata["general.architecture"]
+    length, layers = (metadata.get(f"{architecture}.{name}") for name in ("context_length", "block_count"))
+    if not length or not layers:
         raise ValueError(f"the GGUF file does not say how long a context its model takes: {path}")
-    return ServableModel(path, int(length), SparseKConfig.from_gguf_metadata(metadata))
+    return ServableModel(path, int(layers), int(length), SparseKConfig.from_gguf_metadata(metadata))
 
 
 def start(

@@ -183,7 +183,10 @@ class TransformersEngine:
             )
 
     def _attending(self, config: SparseKConfig | None) -> contextlib.AbstractContextManager[Any]:
-        return integration.enabled(self._model, config) if config else contextlib.nullcontext()
+        if config is None:
+            return contextlib.nullcontext()
+        config.check_layers(self.num_layers)
+        return integration.enabled(self._model, config)
 
     def _cache(self, config: SparseKConfig | None) -> Cache:
         return (integration.SparseKCache if config else DynamicCache)(config=self._model.config)

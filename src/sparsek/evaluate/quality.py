@@ -187,7 +187,7 @@ def _measure(
         picked, following = following[: len(dense)].to(dense.device), following[len(dense) :]
         for sparse_pass, found in zip(sparse_passes, measured, strict=True):
             sparse = dense if sparse_pass is None else next(sparse_pass)[: len(dense)].log_softmax(-1)
-            found.append(_compare(dense, sparse, picked))
+            found.append(compare(dense, sparse, picked))
     for sparse_pass in sparse_passes:
         if sparse_pass is not None:
             next(sparse_pass, None)  # it is at its end
@@ -200,7 +200,7 @@ def _measure(
     ]
 
 
-def _compare(dense: torch.Tensor, sparse: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+def compare(dense: torch.Tensor, sparse: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
     """From log-probabilities [rows, vocabulary] and the tokens [rows] that really followed, of each row:
     loss_dense, loss, kl, same; [rows, 4] in float64 on the CPU."""
     picked = following[:, None]
@@ -238,7 +238,7 @@ def _record(
     loss_dense, loss, kl, same, tokens = (math.fsum(column) for column in zip(*segments, strict=True))
     dense, sparse = math.exp(loss_dense / tokens), math.exp(loss / tokens)
     whole = [s for s in segments if s[4] >= _SEGMENT / 2]
-    difference_se = _standard_error([(s[1] - s[0]) / s[4] for s in whole])
+    difference_se = standard_error([(s[1] - s[0]) / s[4] for s in whole])
     layers = _add([result.layers for result in results])
     mass: list[list[float] | None] = []
     kept: list[float | None] = []
@@ -261,7 +261,7 @@ def _record(
         ppl_ratio=sparse / dense,
         ppl_ratio_se=None if difference_se is None else sparse / dense * difference_se,
         kl_mean=kl / tokens,
-        kl_se=_standard_error([s[2] / s[4] for s in whole]),
+        kl_se=standard_error([s[2] / s[4] for s in whole]),
         same_top=same / tokens,
         mass_mean=_mean([m for heads in mass if heads for m in heads]),
         kept_mean=_mean([k for k in kept if k is not None]),
@@ -286,5 +286,5 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _standard_error(samples: Sequence[float]) -> float | None:
+def standard_error(samples: Sequence[float]) -> float | None:
     return statistics.stdev(samples) / math.sqrt(len(samples)) if len(samples) > 1 else None

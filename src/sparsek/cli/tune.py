@@ -1,0 +1,165 @@
+"""`sparsek tune`: the cheapest configuration that meets a target."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from ..config import SparseKConfig
+from ..engines.base import ENGINES
+from .options import common_options, load, make_config, resume_option, rule_options
+from .output import Column, progress, write_table
+
+if TYPE_CHECKING:
+    from ..evaluate.tune import Point
+
+
+def _k(config: dict[str, Any]) -> str:
+    budgets = config["top_k"]
+    return f"{min(budgets)} to {max(budgets)}" if isinstance(budgets, list) else str(budgets)
+
+
+COLUMNS: Final[list[Column]] = [
+    ("step", lambda p: p.step),
+    ("K", lambda p: _k(p.config)),
+    ("sinks", lambda p: str(p.config["sinks"])),
+    ("window", lambda p: str(p.config["window"])),
+    ("dense layers", lambda p: str(len(p.config["dense_layers"]))),
+    ("keys", lambda p: f"{p.keys:.0f}"),
+    ("KL", lambda p: f"{p.kl:.4f} ± {p.kl_se:.4f}"),
+    ("ppl ratio", lambda p: f"{p.ppl_ratio:.4f} ± {p.ppl_ratio_se:.4f}"),
+    ("speed-up", lambda p: "" if p.speedup is None else f"{p.speedup:.2f}"),
+]
+
+
+@click.command("tune")
+@click.option(
+    "-m", "--model", metavar="PATH", help="GGUF file or model directory.  [default: embedded model]"
+)
+@click.option(
+    "--engine",
+    type=click.Choice(list(ENGINES)),
+    default="transformers",
+    show_default=True,
+    help="Engine; llama.cpp's rounding hides what a single layer costs.",
+)
+@click.option(
+    "--text", metavar="FILE", help="UTF-8 text; - is standard input.  [default: Python's own manual]"
+)
+@click.option(
+    "--context", type=int, default=4096, show_default=True, help="Tokens to tune on; as many are held back."
+)
+@click.option("--max-kl", type=float, metavar="NATS", help="Target: mean KL to dense attention at most this.")
+@click.option("--max-ppl-ratio", type=float, metavar="X", help="Target: perplexity at most X times dense.")
+@click.option("--min-speedup", type=float, metavar="X", help="Target: prompts at least X times as fast.")
+@click.option("-o", "--output", metavar="FILE", help="Where the configuration goes, as JSON.")
+@click.option("--records", metavar="FILE", help="Where the record of the run goes: all that was measured.")
+@resume_option
+@rule_options
+@common_options
+def command(
+    model: str | None,
+    engine: str,
+    text: str | None,
+    context: int,
+    max_kl: float | None,
+    max_ppl_ratio: float | None,
+    min_speedup: float | None,
+    output: str | None,
+    records: str | None,
+    resume: str | None,
+    threads: int | None,
+    seed: int,  # noqa: ARG001
+    debug: bool,  # noqa: ARG001
+    **rule: Any,
+) -> None:
+    """The cheapest configuration that meets a target: K by layer, dense layers, sinks, window.
+
+    It measures what each layer loses when it keeps few keys, spends the keys where they gain most, and says
+    what the answer costs on text that it was not tuned on. The configuration goes into --config of every
+    command, into SparseKConfig.from_json and into annotate. Cost is the number of keys that a query attends
+    to, a mean over all layers and rows.
+
+    \b
+    Examples:
+      sparsek tune --max-kl 0.01 -o config.json
+      sparsek tune -m model.gguf --text book.txt --max-ppl-ratio 1.01 -o config.json --resume tune.jsonl
+      sparsek tune --context 8000 --min-speedup 1.5 -o config.json
+      sparsek eval --config config.json
+    """
+    from ..bench.text import read_text
+    from ..evaluate.journal import Journal, fingerprint
+    from ..evaluate.quality import Windows
+    from ..evaluate.tune import Tuner, steps
+
+    target = _target(max_kl, max_ppl_ratio, min_speedup)
+    make_config(None, **rule)  # what is wrong in it shows before the model is loaded
+    for file in (output, records):
+        if file is not None and not Path(file).parent.is_dir():
+            raise click.UsageError(f"no such directory: {str(Path(file).parent)!r}")
+    name, words = read_text(text)
+    opened = load(engine, model, threads)
+    form = make_config(opened.model_config, **rule)
+    work = {
+        "model": opened.model,
+        "engine": f"{opened.name} {opened.version}",
+        "text": fingerprint(words),
+        "context": context,
+        "target": "speed" if min_speedup is not None else "quality",
+    }
+    with progress("tune", steps(opened)) as advance:
+
+        def say(_: Point) -> None:
+            advance()
+
+        tuner = Tuner(
+            opened,
+            Windows(opened.encode(words), context),
+            replace(form, top_k=64),
+            target,
+            name,
+            Journal(resume, work),
+            say,
+        )
+        record = tuner.tune()
+    write_table(tuner.points, COLUMNS)
+    config = SparseKConfig.from_dict(record.config)
+    click.echo(f"\n{_summary(record)}")
+    if output is not None:
+        Path(output).write_text(config.to_json(indent=2) + "\n", encoding="utf-8")
+        click.echo(f"\nwrote {output}")
+    else:
+        click.echo(f"\n{config.to_json()}")
+    if records is not None:
+        Path(records).write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")
+
+
+def _target(max_kl: float | None, max_ppl_ratio: float | None, min_speedup: float | None) -> Any:
+    from ..evaluate.tune import Target
+
+    given = [x for x in (max_kl, max_ppl_ratio, min_speedup) if x is not None]
+    if len(given) != 1:
+        raise click.UsageError("give one target: --max-kl, --max-ppl-ratio or --min-speedup")
+    return Target(max_kl, max_ppl_ratio, min_speedup)
+
+
+def _summary(record: Any) -> str:
+    tuned, held = record.tuned, record.held
+    lines = [
+        f"{record.target}: {tuned['keys']:.0f} keys a query",
+        f"  tuned on   KL {tuned['kl']:.4f}, perplexity ratio {tuned['ppl_ratio']:.4f}"
+        + ("" if tuned["speedup"] is None else f", speed-up {tuned['speedup']:.2f}"),
+        f"  held back  KL {held['kl_mean']:.4f}, perplexity ratio {held['ppl_ratio']:.4f}"
+        + ("" if record.met_held is None else f": the target is {'' if record.met_held else 'not '}met"),
+    ]
+    if record.uniform is not None:
+        uniform = record.uniform
+        lines.append(
+            f"  one K      {_k(uniform['config'])} in every layer needs {uniform['keys']:.0f} keys: "
+            f"{record.saved:.0%} saved"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,394 @@
+"""`sparsek tune`: the cheapest configuration that meets a target, found by measuring.
+
+Cost is the number of keys a query attends to, a mean over all layers and rows (a dense layer pays for all).
+Four steps, each on the tuning text alone:
+
+1. One K for all layers: the smallest that meets the target, which is what there is to beat.
+2. The form: other sinks and windows at the same number of keys.
+3. Each layer: what it alone costs when it keeps little, and how its dropped mass falls with K.
+4. K by layer, so that every key is spent where it gains most: one price for all layers, bisected until what
+   is measured meets the target.
+
+The answer is then measured on text that none of this has seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final
+
+import torch
+
+from ..bench.counts import scores_used
+from ..bench.environment import environment
+from ..bench.timing import alternate, ratio
+from ..config import SparseKConfig, TopK
+from ..engines.base import Engine, Part
+from .journal import Journal
+from .quality import EvalRecord, Windows, compare, evaluate, standard_error
+from .sensitivity import DroppedMass, dropped_mass
+
+BUDGETS: Final = (0, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_UNIFORM: Final = tuple(k for k in BUDGETS if k >= 8)
+_FORMS: Final = ((4, 32), (4, 16), (1, 16), (1, 8))  # sinks and windows tried beside the given one
+_EVERY: Final = 4  # tokens of the tuning text that are predicted: one in so many
+_SEGMENT: Final = 16  # predicted tokens that make one sample of the standard error
+_ALONE: Final = 8  # K at which a layer's own cost is measured
+_STEPS: Final = 7  # of each bisection
+_MARGIN: Final = 1.0  # standard errors by which the tuning text must do better than the target
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be met; exactly one is given. `max_kl` in nats, `max_ppl_ratio` and `min_speedup` (of the
+    prompt, over the engine's dense attention) above 1.
+
+    Raises:
+        ValueError: none or several are given, or one is out of range.
+    """
+
+    max_kl: float | None = None
+    max_ppl_ratio: float | None = None
+    min_speedup: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: x for name, x in asdict(self).items() if x is not None}
+        if len(given) != 1:
+            raise ValueError("a target is one of max_kl, max_ppl_ratio and min_speedup")
+        ((name, x),) = given.items()
+        least = 0.0 if name == "max_kl" else 1.0
+        if not (math.isfinite(x) and x > least):
+            raise ValueError(f"{name} = {x}: must be above {least:g}")
+
+    def __str__(self) -> str:
+        if self.max_kl is not None:
+            return f"KL <= {self.max_kl:g}"
+        if self.max_ppl_ratio is not None:
+            return f"perplexity ratio <= {self.max_ppl_ratio:g}"
+        return f"speed-up >= {self.min_speedup:g}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A configuration that was measured on the tuning text. `keys`: a mean over rows and layers.
+    `step`: what it was measured for. `speedup`: of the prompt, where the target asks for it."""
+
+    step: str
+    config: dict[str, Any]
+    keys: float
+    kl: float
+    kl_se: float
+    ppl_ratio: float
+    ppl_ratio_se: float
+    speedup: float | None
+
+
+@dataclass(frozen=True)
+class TuneRecord:
+    """The answer. `uniform`: the cheapest form with one K that met the target; None where none did. `held`:
+    the answer on text it was not tuned on. `met` and `met_held`: whether the target is met on either."""
+
+    engine: str
+    model: str
+    text: str
+    context: int
+    target: str
+    config: dict[str, Any]
+    tuned: dict[str, Any]
+    uniform: dict[str, Any] | None
+    saved: float | None
+    met: bool
+    held: dict[str, Any]
+    met_held: bool | None
+    frontier: list[dict[str, Any]]
+    environment: dict[str, Any]
+
+
+@dataclass
+class Tuner:
+    """Measures configurations on one window, and remembers what it measured.
+
+    Args:
+        windows: of which the first is tuned on and the second is held back.
+        form: sinks, window, stride, tail and dense layers to begin with.
+        say: is told each point as it is measured.
+    """
+
+    engine: Engine
+    windows: Windows
+    form: SparseKConfig
+    target: Target
+    text_name: str
+    journal: Journal
+    say: Callable[[Point], None] = lambda _: None
+    points: list[Point] = field(default_factory=list)
+    _dense: list[torch.Tensor] = field(default_factory=list)
+
+    def tune(self) -> TuneRecord:
+        """Find the answer.
+
+        Raises:
+            ValueError: the text is too short; the context is below `form.min_context`; or no configuration
+                meets the target, with the best that was found.
+        """
+        replace(self.windows, count=2).check(self.engine)
+        if self.windows.context < self.form.min_context:
+            raise ValueError(
+                f"context = {self.windows.context}: attention is dense below min_context = "
+                f"{self.form.min_context}, take a longer --context or a smaller --min-context"
+            )
+        uniform = self._uniform()
+        form = self._best_form(uniform)
+        best = self._by_layer(form)
+        candidates = [p for p in self.points if self._is_met(p)]
+        if not candidates:
+            nearest = min(self.points, key=self._distance)
+            raise ValueError(
+                f"no configuration reaches {self.target}; the best found is {self._value(nearest):.4g}, with "
+                f"{nearest.keys:.0f} keys a query"
+            )
+        answer = best if best is not None and self._is_met(best) else min(candidates, key=self._merit)
+        return self._record(answer, uniform if uniform is not None and self._is_met(uniform) else None)
+
+    # ---- The four steps
+
+    def _uniform(self) -> Point | None:
+        """The cheapest of `_UNIFORM` that meets the target (for a speed-up, the dearest)."""
+        budgets = [k for k in _UNIFORM if k < self.windows.context / 2]
+        measured: dict[int, Point] = {}
+
+        def point(i: int) -> Point:
+            if i not in measured:
+                measured[i] = self._measure("one K", replace(self.form, top_k=budgets[i]))
+            return measured[i]
+
+        low, high = 0, len(budgets) - 1
+        if self.target.min_speedup is not None:  # the largest K that is fast enough
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if self._is_met(point(middle)) else (low, middle - 1)
+        else:
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if self._is_met(point(middle)) else (middle + 1, high)
+        return point(low)
+
+    def _best_form(self, uniform: Point | None) -> SparseKConfig:
+        """Other sinks and windows, with as many keys; the one of least KL."""
+        start = SparseKConfig.from_dict((uniform or self.points[-1]).config)
+        assert isinstance(start.top_k, int)
+        room = start.top_k + start.sinks + start.window
+        found = [uniform or self.points[-1]]
+        for sinks, window in _FORMS:
+            if room - sinks - window > 0:
+                config = replace(start, sinks=sinks, window=window, top_k=room - sinks - window)
+                found.append(self._measure("form", config))
+        best = min(found, key=lambda p: p.kl)
+        return SparseKConfig.from_dict(best.config)
+
+    def _by_layer(self, form: SparseKConfig) -> Point | None:
+        curves = self._curves(form)
+        alone = {layer: self._alone(layer, form, curves) for layer in curves}
+        top_k = form.top_k
+        assert isinstance(top_k, int)
+        power = self._fitted_power(alone, curves, form)
+
+        def cost_of(layer: int, budget: int | None) -> float:
+            """KL that the layer brings, by its dropped mass; None is dense."""
+            if budget is None:
+                return 0.0
+            curve = curves[layer]
+            start = max(curve.at(_ALONE), 1e-9)
+            return float(alone[layer] * (curve.at(budget) / start) ** power)
+
+        def config_at(price: float) -> SparseKConfig:
+            """Each layer keeps what minimises KL + price x keys."""
+            dense_keys = self.windows.context / 2
+            budgets: list[TopK] = [top_k] * self.engine.num_layers
+            dense: list[int] = [layer for layer in self.form.dense_layers if layer not in curves]
+            for layer in curves:
+                options: list[int | None] = [k for k in BUDGETS if k < dense_keys]
+                if form.sinks + form.window + form.stride == 0:
+                    options.remove(0)
+                options.append(None)
+                best = min(
+                    options, key=lambda k: cost_of(layer, k) + price * (dense_keys if k is None else k)
+                )
+                if best is None:
+                    dense.append(layer)
+                else:
+                    budgets[layer] = best
+            return replace(form, top_k=tuple(budgets), dense_layers=tuple(sorted(dense)))
+
+        low, high = -18.0, 0.0  # logarithms of the price: low is dear in keys, high cheap
+        best: Point | None = None
+        seen: dict[SparseKConfig, Point] = {}
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            config = config_at(math.exp(middle))
+            if config not in seen:
+                seen[config] = self._measure("K by layer", config)
+            point = seen[config]
+            met = self._is_met(point)
+            if met and (best is None or self._merit(point) < self._merit(best)):
+                best = point
+            # A better quality is wanted when it is not met, or when speed is what is asked for and met.
+            if met == (self.target.min_speedup is None):
+                low = middle
+            else:
+                high = middle
+        return best
+
+    # ---- What they measure
+
+    def _curves(self, form: SparseKConfig) -> dict[int, DroppedMass]:
+        made = self.journal.get(
+            f"dropped mass: {form.sinks}, {form.window}, {form.stride}",
+            lambda: {
+                layer: asdict(curve)
+                for layer, curve in dropped_mass(self.engine, self.windows.window(0), form, BUDGETS).items()
+            },
+        )
+        return {
+            int(layer): DroppedMass(tuple(c["budgets"]), tuple(c["dropped"])) for layer, c in made.items()
+        }
+
+    def _alone(self, layer: int, form: SparseKConfig, curves: dict[int, DroppedMass]) -> float:
+        """KL with this layer sparse at a small K, and all others dense."""
+        others = tuple(other for other in range(self.engine.num_layers) if other != layer)
+        config = replace(form, top_k=_ALONE, dense_layers=others)
+        assert layer in curves
+        return max(self._measure(f"layer {layer} alone", config, keep=False).kl, 1e-9)
+
+    def _fitted_power(
+        self, alone: dict[int, float], curves: dict[int, DroppedMass], form: SparseKConfig
+    ) -> float:
+        """How KL goes with dropped mass: the power that fits what was measured with one K."""
+        points = []
+        for p in self.points:
+            config = SparseKConfig.from_dict(p.config)
+            same = (config.sinks, config.window) == (form.sinks, form.window)
+            if same and isinstance(config.top_k, int) and p.kl > 0:
+                points.append((config, p.kl))
+        if not points:
+            return 1.5
+
+        def error(power: float) -> float:
+            total = 0.0
+            for config, kl in points:
+                assert isinstance(config.top_k, int)
+                modelled = sum(
+                    alone[layer] * (curve.at(config.top_k) / max(curve.at(_ALONE), 1e-9)) ** power
+                    for layer, curve in curves.items()
+                    if layer not in config.dense_layers
+                )
+                total += math.log(max(modelled, 1e-12) / kl) ** 2
+            return total
+
+        return min((0.5 + 0.1 * i for i in range(31)), key=error)
+
+    def _measure(self, step: str, config: SparseKConfig, *, keep: bool = True) -> Point:
+        made = self.journal.get(f"point: {config.to_dict()}", lambda: self._measured(config))
+        point = Point(step, config.to_dict(), **made)
+        if keep:
+            self.points.append(point)
+        self.say(point)
+        return point
+
+    def _measured(self, config: SparseKConfig) -> dict[str, Any]:
+        window = self.windows.window(0)
+        rows, followers = self._dense_rows(window), torch.tensor(window[1:])[::_EVERY]
+        found, start = [], 0
+        for dense, chunk in zip(rows, self._logits(window, config), strict=True):
+            count = min(len(chunk), len(followers) - start)
+            following = followers[start : start + count]
+            found.append(compare(dense[:count], chunk[:count].log_softmax(-1).cpu(), following))
+            start += count
+        each = torch.cat(found)
+        parts = [part for part in torch.split(each, _SEGMENT) if len(part) == _SEGMENT]
+        ratio_ = math.exp(float((each[:, 1] - each[:, 0]).mean()))
+        kept, _ = scores_used(config, len(window), self.engine.num_layers, 1)
+        return {
+            "keys": kept / (len(window) * self.engine.num_layers),
+            "kl": float(each[:, 2].mean()),
+            "kl_se": standard_error([float(part[:, 2].mean()) for part in parts]) or 0.0,
+            "ppl_ratio": ratio_,
+            "ppl_ratio_se": ratio_
+            * (standard_error([float((part[:, 1] - part[:, 0]).mean()) for part in parts]) or 0.0),
+            "speedup": self._speedup(window, config) if self.target.min_speedup is not None else None,
+        }
+
+    def _dense_rows(self, window: list[int]) -> list[torch.Tensor]:
+        """Log-probabilities of dense attention, kept: every configuration is compared with them."""
+        if not self._dense:
+            self._dense = [chunk.log_softmax(-1).cpu() for chunk in self._logits(window, None)]
+        return self._dense
+
+    def _logits(self, window: list[int], config: SparseKConfig | None) -> Any:
+        return self.engine.logits([Part(window, config, scored=_EVERY)])
+
+    def _speedup(self, window: list[int], config: SparseKConfig) -> float:
+        def prompt(c: SparseKConfig | None) -> Callable[[], float]:
+            return lambda: sum(seconds for _, seconds in self.engine.prompt(window, c))
+
+        dense, sparse = alternate([prompt(None), prompt(config)], 2)
+        return ratio(dense, sparse)[0]
+
+    # ---- The target
+
+    def _is_met(self, p: Point) -> bool:
+        if self.target.max_kl is not None:
+            return p.kl + _MARGIN * p.kl_se <= self.target.max_kl
+        if self.target.max_ppl_ratio is not None:
+            return p.ppl_ratio + _MARGIN * p.ppl_ratio_se <= self.target.max_ppl_ratio
+        assert self.target.min_speedup is not None
+        assert p.speedup is not None
+        return p.speedup >= self.target.min_speedup
+
+    def _value(self, p: Point) -> float:
+        if self.target.max_kl is not None:
+            return p.kl
+        return p.ppl_ratio if self.target.max_ppl_ratio is not None else p.speedup or 0.0
+
+    def _distance(self, p: Point) -> float:
+        return -self._value(p) if self.target.min_speedup is not None else self._value(p)
+
+    def _merit(self, p: Point) -> float:
+        """Less is better among those that meet the target: keys; or KL, where speed is what was asked for."""
+        return p.kl if self.target.min_speedup is not None else p.keys
+
+    def _held_is_met(self, held: EvalRecord) -> bool | None:
+        if self.target.max_kl is not None:
+            return held.kl_mean <= self.target.max_kl
+        if self.target.max_ppl_ratio is not None:
+            return held.ppl_ratio <= self.target.max_ppl_ratio
+        return None
+
+    def _record(self, answer: Point, uniform: Point | None) -> TuneRecord:
+        config = SparseKConfig.from_dict(answer.config)
+        windows = replace(self.windows, first=self.windows.first + 1, count=1)
+        (held,) = evaluate(self.engine, [config], windows, text_name=self.text_name, journal=self.journal)
+        return TuneRecord(
+            engine=self.engine.name,
+            model=self.engine.model,
+            text=self.text_name,
+            context=self.windows.context,
+            target=str(self.target),
+            config=answer.config,
+            tuned=asdict(answer),
+            uniform=None if uniform is None else asdict(uniform),
+            saved=None if uniform is None else 1 - answer.keys / uniform.keys,
+            met=self._is_met(answer),
+            held=asdict(held),
+            met_held=self._held_is_met(held),
+            frontier=[asdict(p) for p in self.points],
+            environment=environment(),
+        )
+
+
+def steps(engine: Engine) -> int:
+    """About how many points a run measures."""
+    uniform: Sequence[int] = _UNIFORM
+    return math.ceil(math.log2(len(uniform))) + len(_FORMS) + engine.num_layers + _STEPS
