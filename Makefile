@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 CPP := $(shell find cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo test test-sanitize test-arm test-llama-cpp-python lint format bench docs clean
+.PHONY: help setup demo test test-sanitize test-arm test-llama-cpp-python lint format bench study docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -94,6 +94,19 @@ bench: $(READY) ## measure the embedded model and record it in benchmarks/; want
 	    -k auto --min-context 0 --baseline dense -r 5 -o jsonl || exit 1; \
 	done > build/break-even.jsonl
 	mv build/quality.jsonl build/speed-llama.jsonl build/speed-transformers.jsonl build/attention.jsonl build/break-even.jsonl benchmarks/
+
+# Quality against K at several lengths, and of other forms at one K. MODEL: a GGUF file, to add another model.
+STUDY := $(BIN)/sparsek eval --engine transformers --min-context 0 -o jsonl $(if $(MODEL),-m $(MODEL))
+study: $(READY) ## measure what docs/choosing-k.md shows, half an hour; MODEL=FILE adds a model
+	mkdir -p build
+	for n in 1024 2048 4096 8192; do \
+	  $(STUDY) --context $$n -k 16,32,64,96,128,256 || exit 1; \
+	  $(STUDY) --context $$n -k 64 --pure || exit 1; \
+	done > build/study.jsonl
+	for form in "--window 0" "--window 8" "--window 64" "--sinks 0" "--tail none" "--dense-layers none" "--dense-layers 0,1"; do \
+	  $(STUDY) --context 4096 -k 64 $$form || exit 1; \
+	done >> build/study.jsonl
+	cat build/study.jsonl >> benchmarks/choosing-k.jsonl
 
 docs: $(READY) ## make the generated parts of README and docs again
 	$(BIN)/python tools/draw_selection.py

@@ -34,7 +34,7 @@ CONFIGS = st.builds(
 
 def test_defaults() -> None:
     assert SparseKConfig() == SparseKConfig(
-        top_k="auto", sinks=4, window=64, stride=0, tail="centroid", dense_layers=(0,), min_context=2048,
+        top_k="auto", sinks=4, window=16, stride=0, tail="centroid", dense_layers=(0,), min_context=2048,
         check_finite=False,
     )  # fmt: skip
 

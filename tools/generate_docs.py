@@ -8,7 +8,9 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from typing import Any
 
 import click
 
+from sparsek import SparseKConfig, recommend_k
 from sparsek.cli import COMMANDS, cli
 from sparsek.report.tables import markdown_table
 
@@ -25,7 +28,8 @@ RECORDS = ROOT / "benchmarks"
 
 
 def main() -> int:
-    wanted = {ROOT / "README.md": _filled(ROOT / "README.md"), ROOT / "docs" / "cli.md": _cli_page()}
+    wanted = {file: _filled(file) for file in (ROOT / "README.md", ROOT / "docs" / "choosing-k.md")}
+    wanted[ROOT / "docs" / "cli.md"] = _cli_page()
     stale = [file for file, text in wanted.items() if not file.exists() or file.read_text() != text]
     if "--check" in sys.argv:
         for file in stale:
@@ -145,6 +149,107 @@ def break_even() -> str:
     return markdown_table(["call", *lengths], rows)
 
 
+TARGET = 0.01  # of KL
+
+
+def study_kl() -> str:
+    """KL by context and K, a table for each model."""
+    tables = []
+    for model, by_context in _study().items():
+        budgets = sorted({k for found in by_context.values() for k in found})
+        rows = [
+            [str(context), *(f"{found[k]['kl_mean']:.4f}" if k in found else "-" for k in budgets)]
+            for context, found in by_context.items()
+        ]
+        tables.append(
+            f"{markdown_table(['tokens', *(f'K {k}' for k in budgets)], rows)}\n\n{model}, "
+            f"{next(iter(next(iter(by_context.values())).values()))['text']}."
+        )
+    return "\n\n".join(tables)
+
+
+def study_rules() -> str:
+    """The K that is needed beside the rules of thumb."""
+    studied = _study()
+    contexts = sorted({context for found in studied.values() for context in found})
+    rows = []
+    for context in contexts:
+        rule = recommend_k(context)
+        needed = [_needed(studied[model].get(context, {})) for model in studied]
+        rows.append(
+            [str(context), *needed, f"{context**0.5:.0f}", f"{rule.low} to {rule.high}", str(rule.auto)]
+        )
+    return markdown_table(["tokens", *studied, "sqrt(N)", "N/64 to N/32", "auto"], rows)
+
+
+def _needed(found: dict[int, dict[str, Any]]) -> str:
+    """The smallest K whose KL is TARGET, between the measured ones."""
+    points = sorted((k, r["kl_mean"]) for k, r in found.items())
+    if not points:
+        return "-"
+    if points[0][1] <= TARGET:
+        return f"under {points[0][0]}"
+    for (k0, kl0), (k1, kl1) in itertools.pairwise(points):
+        if kl1 <= TARGET:
+            share = math.log(kl0 / TARGET) / math.log(kl0 / kl1)
+            return f"{k0 * (k1 / k0) ** share:.0f}"
+    return f"over {points[-1][0]}"
+
+
+def study_forms() -> str:
+    """What changes when one part of the form does, a table for each model."""
+    default = SparseKConfig(top_k=64, min_context=0).to_dict()
+    rows: dict[str, dict[str, list[str]]] = {}
+    for r in _records("choosing-k.jsonl"):
+        if r["context"] != 4096 or r["top_k"] != 64:
+            continue
+        changed = {n: v for n, v in r["config"].items() if v != default[n]}
+        name = ", ".join(f"{n} = {v}" for n, v in changed.items()) or "the default form"
+        if len(changed) > 1:
+            name = "plain top-K"
+        cells = [f"{r['kept_mean']:.0f}", f"{r['ppl_ratio']:.4f} ± {r['ppl_ratio_se']:.4f}"]
+        rows.setdefault(r["model"], {})[name] = [*cells, f"{r['kl_mean']:.4f}", f"{r['mass_mean']:.3f}"]
+    titles = ["form", "keys kept", "perplexity ratio", "KL", "mass kept"]
+    return "\n\n".join(
+        f"{markdown_table(titles, [[name, *cells] for name, cells in found.items()])}\n\n{model}."
+        for model, found in rows.items()
+    )
+
+
+def study_tune() -> str:
+    """What tuning finds."""
+    rows = []
+    for r in _records("tune.jsonl"):
+        budgets, uniform = r["config"]["top_k"], r["uniform"]
+        rows.append(
+            [
+                r["model"],
+                r["target"],
+                f"{uniform['config']['top_k']}, {uniform['keys']:.0f} keys",
+                f"{min(budgets)} to {max(budgets)}, {r['tuned']['keys']:.0f} keys",
+                f"{r['saved']:.0%}",
+                f"{r['tuned']['kl']:.4f}",
+                f"{r['held']['kl_mean']:.4f}",
+            ]
+        )
+    titles = ["model", "target", "one K", "K by layer", "saved", "KL tuned on", "KL held back"]
+    first = _records("tune.jsonl")[0]
+    return (
+        f"{markdown_table(titles, rows)}\n\n{first['context']} tokens. Keys: how many a query attends to, a "
+        "mean over all rows and layers, those of dense layers included."
+    )
+
+
+def _study() -> dict[str, dict[int, dict[int, dict[str, Any]]]]:
+    """Records of the default form: by model, context and K."""
+    default = SparseKConfig(min_context=0).to_dict()
+    found: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}
+    for r in _records("choosing-k.jsonl"):
+        if {**r["config"], "top_k": default["top_k"]} == default:
+            found.setdefault(r["model"], {}).setdefault(r["context"], {})[r["top_k"]] = r
+    return found
+
+
 def _ratio(record: dict[str, Any] | None) -> str:
     if record is None:
         return "-"
@@ -166,6 +271,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "speed": speed,
     "attention": attention,
     "break_even": break_even,
+    "study_kl": study_kl,
+    "study_rules": study_rules,
+    "study_forms": study_forms,
+    "study_tune": study_tune,
 }
 
 

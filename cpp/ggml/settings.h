@@ -15,7 +15,7 @@ struct Settings {
 
     std::vector<int64_t> top_k{kAuto};  // one for all layers, or one per layer; 0 for all: dense attention
     int64_t sinks = 4;
-    int64_t window = 64;
+    int64_t window = 16;
     int64_t stride = 0;
     bool centroid_tail = true;
     std::vector<int64_t> dense_layers{0};

@@ -41,7 +41,7 @@ class SparseKConfig:
 
     top_k: TopK | tuple[TopK, ...] = "auto"
     sinks: int = 4
-    window: int = 64
+    window: int = 16
     stride: int = 0
     tail: Tail = "centroid"
     dense_layers: tuple[int, ...] = (0,)

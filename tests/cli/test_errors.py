@@ -13,6 +13,8 @@ from sparsek.engines.model_file import embedded_model
 
 from .conftest import Sparsek
 
+README = str(Path(__file__).parents[2] / "README.md")
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -40,6 +42,16 @@ from .conftest import Sparsek
         (["eval", "--context", "9000"], "context = 9000: must be 2 to 8192"),
         (["eval", "--context", "1"], "context = 1: must be 2 to 8192"),
         (["eval", "--windows", "0"], "windows = 0: must be at least 1"),
+        (["eval", "--where", "prompt", "--generated", "4096"], "generated = 4096: must be 1 to 4095"),
+        (["eval", "--retrieval", "-o", "csv"], "-o csv holds one kind of record"),
+        (["eval", "--retrieval", "--context", "100"], "context = 100: retrieval needs 512 to 8192"),
+        (["eval", "--dense-layers", "30"], "dense_layers = (30,): the model has the layers 0 to 29"),
+        (["tune"], "give one target: --max-kl, --max-ppl-ratio or --min-speedup"),
+        (["tune", "--max-kl", "0.1", "--min-speedup", "2"], "give one target"),
+        (["tune", "--max-kl", "nan"], "max_kl = nan: must be above 0"),
+        (["tune", "--max-kl", "0.1", "-o", "/no/such/c.json"], "no such directory: '/no/such'"),
+        (["tune", "--max-kl", "0.1", "--context", "1024"], "attention is dense below min_context = 2048"),
+        (["tune", "--max-kl", "0.1", "--context", "8192", "--text", README], "2 window(s) of 8192 need"),
         (["bench-attention", "--heads", "9", "--kv-heads", "2", "--tokens", "64"], "q has 9 heads and k 2"),
         (["bench-attention", "--tokens", "0"], "'0' is not a number of tokens >= 1"),
         (["bench-attention", "--tokens", "8", "--queries", "9"], "9 queries are more than 8 tokens"),

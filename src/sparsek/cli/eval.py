@@ -125,7 +125,7 @@ def command(
     from ..bench.text import read_text
     from ..evaluate import quality
     from ..evaluate.journal import Journal, fingerprint
-    from ..evaluate.retrieval import passes, retrieve
+    from ..evaluate.retrieval import check_context, passes, retrieve
 
     make_configs(top_k, None, **rule)  # what is wrong in them shows before the model is loaded
     if retrieval and output == "csv":
@@ -135,6 +135,8 @@ def command(
     configs = make_configs(top_k, opened.model_config, **rule)
     planned = quality.Windows(opened.encode(words), context, windows, where=where, generated=generated)
     planned.check(opened)
+    if retrieval:
+        check_context(opened, context)
     work = {
         "model": opened.model,
         "engine": f"{opened.name} {opened.version}",

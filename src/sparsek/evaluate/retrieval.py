@@ -73,6 +73,12 @@ def passes(configs: Sequence[SparseKConfig | None]) -> int:
     return len(TASKS) * (1 + sum(config is not None for config in configs))
 
 
+def check_context(engine: Engine, context: int) -> None:
+    """Raises ValueError when retrieval cannot be asked in a context of so many tokens."""
+    if not 512 <= context <= engine.context_length:
+        raise ValueError(f"context = {context}: retrieval needs 512 to {engine.context_length} tokens")
+
+
 def retrieve(
     engine: Engine,
     configs: Sequence[SparseKConfig | None],
@@ -91,8 +97,7 @@ def retrieve(
     Raises:
         ValueError: `context` is outside 512 .. the model's context, or the text is too short for it.
     """
-    if not 512 <= context <= engine.context_length:
-        raise ValueError(f"context = {context}: retrieval needs 512 to {engine.context_length} tokens")
+    check_context(engine, context)
     journal = journal or Journal(None, {})
     words = _Words(engine, text, random.Random(seed), context)
     made = {"passkey": words.passkey, "lookup": words.lookup, "repeat": words.repeat}
