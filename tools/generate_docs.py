@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ def quality() -> str:
     titles = ["selection", "K", "keys kept", "perplexity ratio", "KL", "same top token", "mass kept"]
     first = records[0]
     return (
-        f"{markdown_table(titles, rows)}\n\n{first['model']}, {first['context']} tokens of {first['text']}."
+        f"{markdown_table(titles, rows)}\n\n{first['model']}, {first['context']} tokens of {first['text']}. "
+        f"{_window(records)}"
     )
 
 
@@ -82,7 +83,7 @@ def llama() -> str:
     return (
         f"{markdown_table(titles, cells)}\n\n{first['model']}, xllamacpp {machine['xllamacpp_version']}, "
         f"{first['n_threads']} threads, {machine['cpu']} ({machine['isa']}). Ratios: median of paired "
-        "repetitions, and quartiles."
+        f"repetitions, and quartiles. {_window(r for found in rows.values() for r in found.values())}"
     )
 
 
@@ -105,7 +106,8 @@ def speed() -> str:
     first, machine = records[0], records[0]["environment"]
     return (
         f"{markdown_table(['test', 'K', 'tokens/s', 'ratio to dense'], rows)}\n\n"
-        f"{first['model']} in Transformers {machine['transformers_version']}, {_machine(first)}."
+        f"{first['model']} in Transformers {machine['transformers_version']}, {_machine(first)}. "
+        f"{_window(records)}"
     )
 
 
@@ -136,7 +138,8 @@ def attention() -> str:
             ]
         )
     titles = ["call", "K", "PyTorch, ms", "plain top-K", "on real text", "default form", "on real text"]
-    return f"{markdown_table(titles, rows)}\n\n{_machine(first)}. *dense*: below `min_context`."
+    window = _window(_records("attention.jsonl"))
+    return f"{markdown_table(titles, rows)}\n\n{_machine(first)}. *dense*: below `min_context`. {window}"
 
 
 def break_even() -> str:
@@ -248,6 +251,12 @@ def _study() -> dict[str, dict[int, dict[int, dict[str, Any]]]]:
         if {**r["config"], "top_k": default["top_k"]} == default:
             found.setdefault(r["model"], {}).setdefault(r["context"], {})[r["top_k"]] = r
     return found
+
+
+def _window(records: Iterable[dict[str, Any]]) -> str:
+    """What windows the default form had in these records."""
+    windows = {r["config"]["window"] for r in records if r["config"] and r["config"]["window"]}
+    return f"Window: {', '.join(map(str, sorted(windows)))}."
 
 
 def _ratio(record: dict[str, Any] | None) -> str:

@@ -201,3 +201,50 @@ def test_index_makes_no_difference_to_the_result(sparsek: Sparsek) -> None:
     with_index, without = (json.loads(sparsek(*call, "-o", "json", *more))[0] for more in (["--index"], []))
     assert (with_index["index"], without["index"]) == (True, False)
     assert with_index["max_abs_err"] == without["max_abs_err"] < 1e-5
+
+
+@pytest.mark.model
+def test_eval_of_a_text_from_standard_input_resumes(
+    sparsek: Sparsek, sparsek_fails: Sparsek, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "kept.jsonl"
+    text = " ".join(f"Box {i} holds {i * 7 % 13} apples." for i in range(150))
+    options = ["--text", "-", "--context", "512", "-k", "0,8", *SPARSE, "--retrieval", "--resume", str(file)]
+
+    def run() -> list[dict[str, object]]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        records = json.loads(sparsek("eval", *options, "-o", "json"))
+        return [{name: x for name, x in record.items() if name != "environment"} for record in records]
+
+    first = run()
+    assert [r["top_k"] for r in first[:2]] == [0, 8]
+    assert [r["text"] for r in first] == ["standard input"] * len(first)
+    assert {r["task"] for r in first[2:]} == {"passkey", "lookup", "repeat"}
+    size = file.stat().st_size
+    assert run() == first
+    assert file.stat().st_size == size
+    text += " And more."
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert "is of other work, its text was" in sparsek_fails("eval", *options)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("where", ["prompt", "generation"])
+def test_eval_of_sparse_in_one_part(sparsek: Sparsek, where: str) -> None:
+    options = ["--context", "128", "--generated", "16", "-k", "4", *SPARSE]
+    (record,) = json.loads(sparsek("eval", *options, "--where", where, "-o", "json"))
+    assert (record["where"], record["scored"]) == (where, 16)
+    assert record["kl_mean"] > 0
+
+
+@pytest.mark.model
+def test_tune_writes_what_eval_takes(sparsek: Sparsek, tmp_path: Path) -> None:
+    config, records = tmp_path / "config.json", tmp_path / "records.json"
+    output = ["-o", str(config), "--records", str(records)]
+    table = sparsek("tune", "--context", "96", "--min-context", "0", "--max-kl", "0.05", *output)
+    assert "KL <= 0.05" in table
+    found = json.loads(records.read_text())
+    assert SparseKConfig.from_json(config.read_text()).to_dict() == found["config"]
+    (record,) = json.loads(sparsek("eval", "--context", "96", "--config", str(config), "-o", "json"))
+    assert record["config"] == found["config"]
+    assert record["top_k"] == "per layer"
