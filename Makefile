@@ -103,7 +103,7 @@ study: $(READY) ## measure what docs/choosing-k.md shows, half an hour; MODEL=FI
 	  $(STUDY) --context $$n -k 16,32,64,96,128,256 || exit 1; \
 	  $(STUDY) --context $$n -k 64 --pure || exit 1; \
 	done > build/study.jsonl
-	for form in "--window 0" "--window 8" "--window 64" "--sinks 0" "--tail none" "--dense-layers none" "--dense-layers 0,1"; do \
+	for form in "--sinks 0 --window 0" "--window 8" "--window 64" "--tail none" "--dense-layers none"; do \
 	  $(STUDY) --context 4096 -k 64 $$form || exit 1; \
 	done >> build/study.jsonl
 	cat build/study.jsonl >> benchmarks/choosing-k.jsonl

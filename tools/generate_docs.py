@@ -208,7 +208,7 @@ def study_forms() -> str:
             continue
         changed = {n: v for n, v in r["config"].items() if v != default[n]}
         name = ", ".join(f"{n} = {v}" for n, v in changed.items()) or "the default form"
-        if len(changed) > 1:
+        if r["config"] == SparseKConfig.pure(64).to_dict():
             name = "plain top-K"
         cells = [f"{r['kept_mean']:.0f}", f"{r['ppl_ratio']:.4f} ± {r['ppl_ratio_se']:.4f}"]
         rows.setdefault(r["model"], {})[name] = [*cells, f"{r['kl_mean']:.4f}", f"{r['mass_mean']:.3f}"]
