@@ -10,7 +10,7 @@
 namespace sparsek::ggml {
 
 enum Type : int { kF32 = 0, kF16 = 1, kQ8 = 8, kBF16 = 30 };  // kQ8: Q8_0
-constexpr int64_t kQ8Block = 32;  // numbers in a block of Q8_0, and its bytes
+constexpr int64_t kQ8Block = 32;                              // numbers in a block of Q8_0, and its bytes
 constexpr size_t kQ8Bytes = 34;
 
 using Unused = void (*)();
