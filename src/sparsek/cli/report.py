@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 SENTENCE: Final = "Anna gave the old key to Tom, because he had lost the one that she had made for him."
 _MORE_BUDGETS: Final = (16, 64, 256)
 _LENGTHS: Final = (512, 2048, 4096)
+# Parameters that `eval` and `bench` have too.
 _RULE: Final = frozenset(
-    "config_file pure sinks window stride tail dense_layers min_context threads".split()
-)  # parameters that `eval` and `bench` have too
+    {"config_file", "pure", "sinks", "window", "stride", "tail", "dense_layers", "min_context", "threads"}
+)
 
 
 @click.command("report")
@@ -67,9 +68,7 @@ _RULE: Final = frozenset(
 )
 @rule_options
 @common_options
-@click.pass_context
 def command(
-    ctx: click.Context,
     model: str | None,
     text: str | None,
     output: str,
@@ -115,6 +114,7 @@ def command(
     from ..report.svg import write_images
     from ..report.tensors import capture, small_rule
 
+    ctx = click.get_current_context()
     _check_places(output, images)
     _configs(top_k, None, rule)  # what is wrong in them shows before the model is loaded
     found = read_records(list(records))
@@ -155,7 +155,7 @@ def command(
         points=frontier_of_run(found.eval, found.bench, for_report.mean_keys),
         top_k=budget_name(configs[0]),
         commands=_commands(ctx, attention.layer, attention.head, configs, found, lengths),
-        command=_line(ctx, "report", set(ctx.params)),
+        command=_line(ctx, "report", set(ctx.params) - {"debug"}),
         environment=environment(),
     )
     made = parts(material)
@@ -210,10 +210,8 @@ def _commands(
         ctx, "eval", shown - {"min_context"}, "--engine transformers", f"--context {ctx.params['context']}",
         "--min-context 0", k,
     )  # fmt: skip
-    speed = _line(
-        ctx, "bench", shown, f"-p {','.join(map(str, lengths or []))} -n 0", f"-r {ctx.params['repetitions']}",
-        f"-k 0,{budgets[0]}" if budgets else "",
-    )  # fmt: skip
+    prompts = f"-p {','.join(map(str, lengths or []))} -n 0 -r {ctx.params['repetitions']}"
+    speed = _line(ctx, "bench", shown, prompts, f"-k 0,{budgets[0]}" if budgets else "")
     read = _line(ctx, "report", {*shown, "records"})
     return {
         "web": sentence,

@@ -32,6 +32,7 @@ def costs(config: SparseKConfig, num_layers: int, num_heads: int, context_length
         model_dense=tuple(full for _, full in models),
         model_sparse=tuple(kept for kept, _ in models),
         rule=rule_words(config),
+        min_context=config.min_context,
         num_layers=num_layers,
         num_heads=num_heads,
     )
@@ -42,7 +43,7 @@ def mean_keys(record: dict[str, Any]) -> float:
     `tune` counts them."""
     context, layers = record["context"], len(record["mass"])
     kept, _ = scores_used(SparseKConfig.from_dict(record["config"]), context, layers, 1)
-    return kept / (context * layers)
+    return float(kept / (context * layers))
 
 
 def speed(

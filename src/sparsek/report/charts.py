@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from .series import Costs, FrontierPoint, Line, budget_text
 from .svg import Picture, new_figure
 
 _WIDTH, _HEIGHT = 4.7, 3.4
+_PLAIN: Final = FuncFormatter(lambda n, _: f"{n:.10g}")
 _LEAST_KL: Final = 1e-6  # rounding makes a mean of nothing negative; a logarithm cannot show that
 _STEPS: Final = {
     "eval": ("o", palette.SPARSE, "measured for this page"),
@@ -31,33 +33,31 @@ _STEPS: Final = {
 
 def cost(c: Costs) -> list[Picture]:
     """Scores against prompt length, of one head and of the model."""
+    whole = f"The model: {c.num_layers} layers of {c.num_heads} heads"
     return [
-        _cost("cost-layer", "One head of a sparse layer", "scores in the softmax (number)", c.lengths, c.layer_dense,
-              c.layer_sparse),
-        _cost("cost-model", f"The model: {c.num_layers} layers of {c.num_heads} heads",
-              "scores in the softmax (number)", c.lengths, c.model_dense, c.model_sparse),
-    ]  # fmt: skip
+        _cost("cost-layer", "One head of a sparse layer", c.lengths, c.layer_dense, c.layer_sparse),
+        _cost("cost-model", whole, c.lengths, c.model_dense, c.model_sparse),
+    ]
 
 
 def _cost(
-    name: str, title: str, label: str, lengths: Sequence[int], dense: Sequence[int], sparse: Sequence[int]
+    name: str, title: str, lengths: Sequence[int], dense: Sequence[int], sparse: Sequence[int]
 ) -> Picture:
-    figure, axes = _axes(title, "prompt N (tokens)", label)
-    axes.plot(lengths, dense, "-o", color=palette.DENSE, ms=3.5, label="dense, N × N (causal: half of it)")
-    axes.plot(lengths, sparse, "-s", color=palette.SPARSE, ms=3.5, label="Sparse-K, N × K")
+    figure, axes = _axes(title, "prompt N (tokens)", "scores in the softmax (number)")
+    axes.plot(lengths, dense, "-o", color=palette.DENSE, ms=4, label="dense, N × N (causal: half)")
+    axes.plot(lengths, sparse, "-s", color=palette.SPARSE, ms=4, label="Sparse-K, N × K")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    _log_y(axes)
     _ticks_at(axes, lengths)
-    axes.legend(loc="upper left")
-    factor = dense[-1] / sparse[-1]
-    axes.annotate(
-        f"{factor:.1f}× fewer", (lengths[-1], (dense[-1] * sparse[-1]) ** 0.5), ha="right", va="center",
-        xytext=(-12, 0), textcoords="offset points", fontsize=8.5,
-    )  # fmt: skip
+    figure.legend(loc="outside lower center", ncols=2)
+    last, factor = lengths[-1], dense[-1] / sparse[-1]
+    axes.text(
+        0.98, 0.04, f"at {last:,} tokens\n{factor:.1f} times fewer", transform=axes.transAxes, ha="right"
+    )
     alt = (
-        f"Two lines on logarithmic axes for prompts of {lengths[0]} to {lengths[-1]} tokens. At {lengths[-1]} "
-        f"tokens dense attention computes {dense[-1]:,} scores and Sparse-K {sparse[-1]:,}, {factor:.1f} times "
-        "fewer."
+        f"Two lines on logarithmic axes for prompts of {lengths[0]:,} to {last:,} tokens. At {last:,} tokens "
+        f"{dense[-1]:,} scores are in the softmax of dense attention and {sparse[-1]:,} in that of Sparse-K, "
+        f"{factor:.1f} times fewer."
     )
     return Picture(name, title, alt, figure)
 
@@ -112,19 +112,22 @@ def _lines(
     colours = {True: iter(_cycle((palette.DENSE, palette.FOURTH))), False: iter(_cycle(palette.SERIES))}
     for line in lines:
         errors = [
-            [b - a for a, b in zip(line.low, line.y, strict=True)],
-            [b - a for a, b in zip(line.y, line.high, strict=True)],
+            [max(y - low, 0.0) for low, y in zip(line.low, line.y, strict=True)],
+            [max(high - y, 0.0) for high, y in zip(line.high, line.y, strict=True)],
         ]
-        axes.errorbar(line.x, line.y, errors, fmt="-s" if line.dense else "-o", ms=4, lw=1.4, capsize=3,
-                      color=next(colours[line.dense]), label=line.label)  # fmt: skip
+        look = {"fmt": "-s" if line.dense else "-o", "color": next(colours[line.dense])}
+        axes.errorbar(line.x, line.y, errors, ms=4, lw=1.4, capsize=3, label=line.label, **look)
     points = sorted({x for line in lines for x in line.x})
     if min(points) > 0 and len(points) > 1:
         axes.set_xscale("log", base=2)
     _ticks_at(axes, points)
     if log:
-        axes.set_yscale("log")
+        _log_y(axes)
     elif level is None:
         axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(_PLAIN)
+    else:
+        axes.yaxis.set_major_formatter(_PLAIN)
     if len(lines) > 1 or lines[0].label != "Sparse-K":
         figure.legend(
             loc="outside lower center", ncols=2 if max(len(line.label) for line in lines) < 28 else 1
@@ -182,8 +185,8 @@ def mass(record: Record) -> Picture:
     )
     alt = (
         f"Heat map of {len(rows)} layers and {heads} heads at K = {budget_text(record)}: the mean is "
-        f"{sum(values) / len(values):.3f}, the least {min(values):.3f} in layer {layer}, head {head}, the most "
-        f"{max(values):.3f}."
+        f"{sum(values) / len(values):.3f}, the least {min(values):.3f} in layer {layer}, head {head}, the "
+        f"most {max(values):.3f}."
         + (f" These layers keep every key: {', '.join(map(str, whole))}." if whole else "")
     )
     title = f"Retained mass, K = {budget_text(record)}"
@@ -217,9 +220,10 @@ def _frontier(name: str, title: str, x: str, points: Sequence[FrontierPoint], va
             [min(p.kl_se, 0.9 * y) for p, y in zip(of_step, ys, strict=True)],
             [p.kl_se for p in of_step],
         ]
-        axes.errorbar(xs, ys, errors, fmt=marker, color=colour, ms=11 if step == "answer" else 5, lw=1, capsize=2,
-                      mfc="none" if step == "answer" else colour, mew=1.4 if step == "answer" else 0.5,
-                      ls="-" if step == "eval" else "", label=label)  # fmt: skip
+        look: dict[str, Any] = {"fmt": marker, "ms": 5, "mew": 0.5, "ls": "-" if step == "eval" else ""}
+        if step == "answer":  # a ring of a star, for it lies on the point that it was
+            look |= {"ms": 12, "mew": 1.4, "mfc": "none"}
+        axes.errorbar(xs, ys, errors, color=colour, lw=1, capsize=2, label=label, **look)
         if step == "eval":
             for p, px, py in zip(of_step, xs, ys, strict=True):
                 axes.annotate(
@@ -229,10 +233,10 @@ def _frontier(name: str, title: str, x: str, points: Sequence[FrontierPoint], va
                     textcoords="offset points",
                     fontsize=8,
                 )
-    axes.set_yscale("log")
+    _log_y(axes)
     if value == "keys":
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
+        axes.xaxis.set_major_formatter(_PLAIN)
     axes.margins(0.12)
     figure.legend(loc="outside lower center", ncols=2)
     ends = min(points, key=lambda p: getattr(p, value)), max(points, key=lambda p: getattr(p, value))
@@ -259,7 +263,23 @@ def _ticks_at(axes: Axes, points: Sequence[float]) -> None:
             kept.append(point)
     axes.xaxis.set_major_locator(FixedLocator(kept[:: 1 + len(kept) // 9]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:g}"))
+    axes.xaxis.set_major_formatter(_PLAIN)
+
+
+def _log_y(axes: Axes) -> None:
+    """A logarithmic axis with numbers that are written out, up to where powers of ten read better."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: _power(y) if y >= 1e4 or y < 1e-3 else f"{y:g}")
+    )
+    low, high = axes.get_ylim()
+    near = high < 30 * low  # few powers of ten are seen: the numbers between them are needed too
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}" if near else ""))
+
+
+def _power(y: float) -> str:
+    exponent = f"{round(math.log10(y))}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"10{exponent}"
 
 
 def _cycle(colours: Sequence[str]) -> Any:

@@ -45,8 +45,9 @@ def page(m: Material, parts: list[Part]) -> str:
 
 def _lead(m: Material) -> str:
     return (
-        f"What Sparse-K does to the attention of {m.model}, and what it costs and gains: each query keeps its K "
-        f"strongest keys. All pictures show the model's own numbers. Made on {m.environment['time'][:10]}."
+        f"What Sparse-K does to the attention of {m.model}, what it costs and what it gains. Each query "
+        "keeps its K strongest keys. All pictures show this model's own tensors and measurements. Made on "
+        f"{m.environment['time'][:10]}."
     )
 
 
@@ -54,7 +55,8 @@ def _section(number: int, part: Part) -> str:
     figures = "".join(_figure(picture) for picture in part.pictures)
     readout = ""
     if part.name == "web":
-        readout = '<div class="readout" id="readout" aria-live="polite">Point at a token to see what it keeps.</div>'
+        hint = "Point at a token to see what it keeps."
+        readout = f'<div class="readout" id="readout" aria-live="polite">{hint}</div>'
     table = ""
     if part.rows:
         table = f"<details><summary>The numbers</summary>{_table(part.titles, part.rows)}</details>"
@@ -99,7 +101,8 @@ def _environment(number: int, m: Material, parts: list[Part]) -> str:
         lines.append(f"<dt>{name}</dt><dd><pre><code>{escape(command)}</code></pre></dd>")
     return (
         f'<section id="environment"><h2><span>{number}</span> The environment, and how to repeat it</h2>'
-        "<p>Where the numbers come from, and the commands that give them again; times differ from run to run.</p>"
+        "<p>Where the numbers come from, and the commands that give them again. "
+        "Times differ from run to run.</p>"
         f"{_table(['', *(name for name, _ in columns)], rows)}<dl>{''.join(lines)}</dl></section>"
     )
 

@@ -66,20 +66,19 @@ class Part:
 def parts(m: Material) -> list[Part]:
     """All parts but the environment, in their order; the drawings are made here."""
     with drawing():
-        made = [_web(m), _scores(m), _mask(m), _cost(m), _speed(m), _quality(m), _mass(m), _frontier(m)]
-    return made
+        return [_web(m), _scores(m), _mask(m), _cost(m), _speed(m), _quality(m), _mass(m), _frontier(m)]
 
 
 def _web(m: Material) -> Part:
     a = m.attention
     kept = mean_weight(a, a.kept)
     text = (
-        f"Layer {a.layer}, head {a.head}, on the model's own queries and keys. Each arc joins a query to a key "
-        "before it; the darker the arc, the more weight. With dense attention every query looks at every "
-        f"token up to itself; with Sparse-K it keeps a few, which hold {kept:.0%} of the dense weight here. "
+        f"Layer {a.layer}, head {a.head}. Each arc joins a query to a key before it; the stronger the "
+        "arc, the more weight. With dense attention every query looks at every token up to itself; with "
+        f"Sparse-K it keeps a few, which hold {kept:.0%} of the dense weight here. "
         "Point at a token, tap it or reach it with the arrow keys to see what it keeps."
     )
-    chosen = f"It is {a.chosen}. " if a.chosen else ""
+    chosen = f"This head was taken because, {a.chosen}. " if a.chosen else ""
     source = (
         f"{chosen}The sentence has {a.size} tokens, so the rule is scaled down to it: K = {a.config.top_k}, "
         f"{rule_words(a.config)}. Weights of the right picture are those of the softmax over the kept keys."
@@ -91,8 +90,8 @@ def _scores(m: Material) -> Part:
     a = m.attention
     text = (
         "A score is the product of a query and a key, and the softmax makes weights of a row of them. "
-        f"Dots mark the {a.config.top_k} best keys of each row, which Sparse-K keeps for their score; squares "
-        "mark those that it keeps whatever their score is."
+        f"Dots mark the {a.config.top_k} best keys of each row, which Sparse-K keeps for their score; "
+        "squares mark those that it keeps whatever their score is."
     )
     return Part("scores", "The scores, and the best of each row", text, [sentence_figures.scores(a)],
                 command=_of(m, "web"))  # fmt: skip
@@ -111,14 +110,15 @@ def _mask(m: Material) -> Part:
 def _cost(m: Material) -> Part:
     c = m.costs
     text = (
-        "Dense attention puts half of N × N scores into the softmax of each head, Sparse-K about N × K. Both "
-        "axes are logarithmic: a straight line twice as steep grows with the square. The lines are one where a "
-        "prompt is shorter than min_context, for there everything is kept."
+        "Dense attention puts half of N × N scores into the softmax of each head, Sparse-K about N × K. "
+        "Both axes are logarithmic, so what grows with the square is a line twice as steep."
     )
     source = (
-        f"Counted with the configuration of this page ({c.rule}; K = {m.top_k}). Choosing the keys looks at all "
-        "pairs once more, but in 8 bits; that pass is not counted here, its time is in the speeds below."
+        f"Counted with the configuration of this page: K = {m.top_k}, {c.rule}. Choosing the keys looks at "
+        "all pairs too, but in 8 bits; that pass is not counted here, its time is in the speeds below."
     )
+    if c.min_context > c.lengths[0]:
+        source += f" Prompts below {c.min_context:,} tokens (min_context) keep everything."
     rows = [
         [f"{n:,}", f"{ld:,}", f"{ls:,}", f"{md:,}", f"{ms:,}", f"{md / ms:.2f}"]
         for n, ld, ls, md, ms in zip(
@@ -166,8 +166,9 @@ def _speed(m: Material) -> Part:
 def _quality(m: Material) -> Part:
     used = sparse(m.records.eval)
     text = (
-        "What K costs. Perplexity over dense is how much worse the text is predicted, 1 for no loss; KL is the "
-        "mean distance of the next token's distribution from that of dense attention. Bars are standard errors."
+        "What K costs. Perplexity over dense is how much worse the text is predicted, 1 for no loss; KL is "
+        "the mean distance of the next token's distribution from that of dense attention. Bars are standard "
+        "errors."
     )
     pictures = []
     if used:
@@ -206,7 +207,8 @@ def _mass(m: Material) -> Part:
         m,
         "eval",
         [record],
-        f"Rows sampled from {record['context']:,} tokens of {record['text']}, {rule_words(record['config'])}.",
+        f"Rows sampled from {record['context']:,} tokens of {record['text']}; K = {budget_text(record)}, "
+        f"{rule_words(record['config'])}.",
     )
     rows = [
         [
@@ -223,8 +225,8 @@ def _mass(m: Material) -> Part:
 def _frontier(m: Material) -> Part:
     points = [*m.points, *(p for record in m.records.tune for p in frontier_of_tuning(record))]
     text = (
-        "Each point is a configuration: down is better, left is cheaper. Keys are counted over all layers, so a "
-        "layer that stays dense pays for every key."
+        "Each point is a configuration: down is better, left is cheaper. Keys are counted over all layers, "
+        "so a layer that stays dense pays for every key."
     )
     if any(p.speedup is not None for p in points):
         text += " In the second chart, right is faster; only what was timed at the same length is in it."
@@ -234,7 +236,7 @@ def _frontier(m: Material) -> Part:
         for r in m.records.tune
     ]
     if not said:
-        said = ["Points of `sparsek tune` appear here when its record is given with --records."]
+        said = ["The points of a tuning appear here when the record that tune --records wrote is given."]
     if m.points:
         said.insert(0, "Points of this page are those of the part on quality.")
     rows = [

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..config import SparseKConfig
+from .words import shown_all
 
 Record = dict[str, Any]
 
@@ -60,6 +61,8 @@ _FIELDS: Final[dict[str, dict[str, Any]]] = {
         "environment": dict,
     },
 }
+# Fields that records of earlier versions lack, and what stands for them.
+_LATER: Final[dict[str, Any]] = {"where": "all", "ppl_ratio_se": None, "kl_se": None, "mass": []}
 _SIGNS: Final = {"bench": "avg_ts", "eval": "kl_mean", "tune": "frontier"}  # a field that no other kind has
 _POINT: Final[dict[str, Any]] = {
     "step": str,
@@ -82,7 +85,7 @@ class Records:
 
 
 def read_records(files: list[str]) -> Records:
-    """The records in JSON or JSONL files, as `bench -o json`, `eval -o jsonl` and `tune --records` write them.
+    """The records in JSON or JSONL files, as `bench -o json`, `eval -o jsonl` and `tune --records` give them.
     Those of `eval --retrieval`, which no picture shows, are left out.
 
     Raises:
@@ -96,6 +99,7 @@ def read_records(files: list[str]) -> Records:
                 continue
             where = f"{file}, record {number}"
             kind = _kind(record, where)
+            record = shown_all((_LATER if kind == "eval" else {}) | record)
             _check(record, kind, where)
             getattr(found, kind).append(record)
             names = found.files.setdefault(kind, [])
@@ -163,7 +167,7 @@ def _check(record: Record, kind: str, where: str) -> None:
         if holder.get("config") is not None:
             try:
                 config = SparseKConfig.from_dict(holder["config"])
-                if kind == "eval":
+                if kind == "eval" and record["mass"]:
                     config.check_layers(len(record["mass"]))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{where} (of {kind}): {error}") from None
@@ -188,5 +192,5 @@ def _check_mass(mass: list[Any], where: str) -> None:
         and all(isinstance(x, _NUMBER) and not isinstance(x, bool) for x in row)
         for row in rows
     )
-    if not fine or not mass:
+    if not fine:
         raise ValueError(f"{where} (of eval): mass is not one list of numbers per layer")

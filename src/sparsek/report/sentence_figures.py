@@ -16,6 +16,7 @@ from matplotlib.patches import Patch, PathPatch, Rectangle
 from matplotlib.path import Path
 
 from . import palette
+from .series import rule_words
 from .svg import Picture, new_figure
 from .tensors import Matrix, SentenceAttention
 
@@ -29,11 +30,11 @@ def webs(a: SentenceAttention) -> list[Picture]:
     return [
         _web(a, "web-dense", f"Dense attention: {allowed} weights", a.dense, a.allowed, palette.DENSE,
              f"Arcs over {a.size} tokens of a sentence, one for each of the {allowed} pairs of query and key "
-             f"of {place}; the darker, the more weight."),
+             f"of {place}; the stronger, the more weight."),
         _web(a, "web-sparse", f"Sparse-K, K = {a.config.top_k}: {kept} weights", a.sparse, a.kept,
              palette.SPARSE,
              f"The same tokens with the {kept} arcs that Sparse-K keeps: for each query its "
-             f"{a.config.top_k} best keys, {a.config.sinks} sink and the last {a.config.window} positions."),
+             f"{a.config.top_k} best keys, and what the rule always keeps ({rule_words(a.config)})."),
     ]  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def _web(
     below = 0.085 * min(longest, 24) + 0.25
     step, above = 0.225, 1.9
     width = max(4.6, step * a.size + 0.3)
-    figure = new_figure(width, above + below)
+    figure = new_figure(width, above + below, layout=None)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     margin = (width / step - a.size) / 2
@@ -98,14 +99,11 @@ def scores(a: SentenceAttention) -> Picture:
         state = "top-K" if a.best[query, key] else "always kept" if a.kept[query, key] else "dropped"
         tips[gid] = f"query {a.tokens[query]}, key {a.tokens[key]}: {score:.2f}, {state}"
         _cell(axes, int(query), int(key), to_hex(colours(norm(score))), gid)
-    marks = [
-        (a.best, "o", palette.ON_MAP, 3.2, "top-K"),
-        (a.always & a.kept, "s", "none", 3.4, "sink, window"),
-    ]
-    for among, marker, face, size, _ in marks:
-        queries, keys = np.nonzero(among)
-        axes.plot(keys, queries, marker, color=face if face != "none" else palette.ON_MAP, ms=size,
-                  mfc=face, mec=palette.ON_MAP_EDGE if face != "none" else palette.ON_MAP, mew=0.6)  # fmt: skip
+    dots, squares = a.best, a.kept & a.always
+    queries, keys = np.nonzero(dots)
+    axes.plot(keys, queries, "o", ms=4, mfc=palette.ON_MAP, mec=palette.ON_MAP_EDGE, mew=0.7)
+    queries, keys = np.nonzero(squares)
+    axes.plot(keys, queries, "s", ms=3.6, mfc="none", mec=palette.ON_MAP, mew=0.7)
     handles = [
         Line2D([], [], marker="o", ls="", mfc=palette.PAPER, mec=palette.INK, ms=4.5, label="top-K"),
         Line2D(
@@ -116,12 +114,11 @@ def scores(a: SentenceAttention) -> Picture:
     bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, shrink=0.75, pad=0.02)
     bar.set_label("score, q·k/√D (no unit)")
     bar.outline.set_visible(False)
-    best = int(a.best.sum())
     title = f"Scores, layer {a.layer}, head {a.head}"
     alt = (
         f"{a.size} by {a.size} matrix, queries down and keys across, of scores from {norm.vmin:.1f} to "
-        f"{norm.vmax:.1f}. {best} cells are marked as top-K, at most {a.config.top_k} in each row, and "
-        f"{int((a.kept & a.always).sum())} as kept whatever their score is."
+        f"{norm.vmax:.1f}. {int(dots.sum())} cells are marked as top-K, at most {a.config.top_k} in each "
+        f"row, and {int(squares.sum())} as kept whatever their score is."
     )
     return Picture("scores", title, alt, figure, tips, least_width=_least(a))
 
@@ -192,4 +189,4 @@ def _cell(axes: Axes, query: int, key: int, colour: str, gid: str) -> None:
 
 
 def _least(a: SentenceAttention) -> int:
-    return math.ceil(max(340, 13.5 * a.size + 110))
+    return math.ceil(max(340, 12.5 * a.size + 100))

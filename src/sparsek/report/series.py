@@ -23,13 +23,14 @@ class Costs:
     model_dense: tuple[int, ...]
     model_sparse: tuple[int, ...]
     rule: str
+    min_context: int
     num_layers: int
     num_heads: int
 
 
 @dataclass
 class Line:
-    """Points of one line, by rising x. `low` and `high` bound the error bars; equal to y where none is known."""
+    """Points of one line, by rising x. `low` and `high` bound the error bars: or are y."""
 
     label: str
     x: list[float] = field(default_factory=list)
@@ -206,6 +207,8 @@ def frontier_of_run(
     the same engine-independent rule, with a prompt as long as the context, where there is one."""
     points = []
     for r in sparse(records):
+        if not r["mass"]:  # of an earlier version; how many layers there are is not known
+            continue
         speedup = next(
             (
                 b["speedup"]

@@ -16,6 +16,7 @@ from ..engines.base import Engine
 from ..kernels import reference
 from ..policy import resolve
 from ..problem import Problem
+from .words import token_text
 
 MOST_TOKENS: Final = 64
 _KEEP_ALL: Final = SparseKConfig.pure(2**31 - 1)  # the model runs as it does without us
@@ -34,7 +35,7 @@ class SentenceAttention:
         always: bool [T, T], those kept whatever their score is: sinks, window, stride.
         dense, sparse: float64 [T, T], the weights: softmax over the allowed and over the kept keys.
         config: the rule.
-        chosen: why it is this layer and head, as a phrase; "" where the user named both.
+        chosen: why this layer and head were taken, as a phrase; "" where the user named both.
     """
 
     tokens: tuple[str, ...]
@@ -121,10 +122,10 @@ def capture(
     of = f"of layer {layer}" if layer is not None else "of the model" if head is None else f"numbered {head}"
     return replace(
         most,
-        tokens=tuple(visible(engine.decode([token])) for token in tokens),
+        tokens=tuple(token_text(engine.decode([token])) for token in tokens),
         chosen=""
         if layer is not None and head is not None
-        else f"of the heads {of}, the one whose top-K keys have the most weight on this sentence",
+        else f"of those {of}, its top-K keys have the most weight on this sentence",
     )
 
 
@@ -176,23 +177,6 @@ def _softmax(scores: Matrix, among: Matrix) -> Matrix:
     total = weights.sum(-1, keepdims=True)
     shares: Matrix = weights / np.where(total == 0, 1.0, total)
     return shares
-
-
-def visible(token: str) -> str:
-    """A token's text as it can be shown: without the space before a word, and with signs for what has no
-    shape. Characters that XML forbids are among these."""
-    text = token.strip(" ") or ("␣" if token else "[special]")
-    return "".join(_shown(c) for c in text)
-
-
-def _shown(character: str) -> str:
-    code = ord(character)
-    if character == "\n":
-        return "↵"
-    if code < 0x20:
-        return chr(0x2400 + code)  # the control picture
-    unusable = 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 or code in (0xFFFE, 0xFFFF)
-    return "�" if unusable else character
 
 
 def mean_weight(attention: SentenceAttention, among: Matrix) -> float:

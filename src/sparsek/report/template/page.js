@@ -32,7 +32,9 @@ function show(query) {
       if (number === 0 || kept) keys.set(key, number === 0 ? dense : sparse);
     }
     for (const arc of web.querySelectorAll(".arc")) {
-      arc.classList.toggle("on", Number(arc.dataset.q) === query);
+      const on = Number(arc.dataset.q) === query;
+      arc.classList.toggle("on", on);
+      if (on) arc.style.setProperty("--weight", String(0.25 + 0.75 * (keys.get(Number(arc.dataset.k)) ?? 0) ** 0.5));
     }
     for (const token of web.querySelectorAll(".token, .word")) {
       const at = Number(token.dataset.q);
