@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sparsek.report.records import read_records
+from sparsek.report.words import shown_all
 
 from .samples import bench_record, eval_record, tune_record
 
@@ -26,7 +27,7 @@ def test_kinds_are_told_apart(tmp_path: Path, lines: bool) -> None:
     file = written(tmp_path, text)
     found = read_records([file])
     assert [len(found.bench), len(found.eval), len(found.tune)] == [2, 1, 1]
-    assert found.bench[1] == json.loads(json.dumps(records[4]))
+    assert found.bench[1] == shown_all(records[4])
     assert found.files == {"bench": [file], "eval": [file], "tune": [file]}
 
 
