@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "bench-attention": "speed of the attention call alone",
     "eval": "what K costs in quality",
     "tune": "the cheapest setting that meets a target",
+    "report": "pictures of it all, on one page",
     "annotate": "write the setting into a model file",
     "ggml-backend": "the llama.cpp backend, and how to load it",
     "info": "processor, kernels, engines and what auto would choose",

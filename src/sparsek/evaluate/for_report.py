@@ -1,0 +1,103 @@
+"""What `sparsek report` counts and, where no record of it is given, measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Final
+
+from ..bench.counts import scores_used
+from ..bench.model import bench, tests
+from ..config import SparseKConfig
+from ..engines.base import Engine
+from ..report.series import Costs, rule_words
+from .quality import Windows, evaluate
+
+_SHORTEST: Final = 128
+LONGEST: Final = 32768  # tokens up to which scores are counted: counting them takes seconds there
+
+
+def costs(config: SparseKConfig, num_layers: int, num_heads: int, context_length: int) -> Costs:
+    """Scores that enter the softmax, for prompts of powers of two up to the model's context. Those of one
+    head are of a sparse layer; where K is given per layer, a mean over them."""
+    longest = min(context_length, LONGEST)
+    lengths = [n for n in (2**i for i in range(32)) if _SHORTEST <= n < longest] + [longest]
+    one = replace(config, dense_layers=())
+    layers = [scores_used(one, n, num_layers, 1) for n in lengths]
+    models = [scores_used(config, n, num_layers, num_heads) for n in lengths]
+    return Costs(
+        lengths=tuple(lengths),
+        layer_dense=tuple(full // num_layers for _, full in layers),
+        layer_sparse=tuple(kept // num_layers for kept, _ in layers),
+        model_dense=tuple(full for _, full in models),
+        model_sparse=tuple(kept for kept, _ in models),
+        rule=rule_words(config),
+        min_context=config.min_context,
+        num_layers=num_layers,
+        num_heads=num_heads,
+    )
+
+
+def mean_keys(record: dict[str, Any]) -> float:
+    """Keys that a query attends to in an `eval` record: a mean over rows and all layers, dense ones too, as
+    `tune` counts them."""
+    context, layers = record["context"], len(record["mass"])
+    kept, _ = scores_used(SparseKConfig.from_dict(record["config"]), context, layers, 1)
+    return float(kept / (context * layers))
+
+
+def speed(
+    engine: Engine,
+    configs: Sequence[SparseKConfig],
+    lengths: Sequence[int],
+    context: int,
+    *,
+    text: str,
+    threads: int,
+    repetitions: int,
+    advance: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """`bench` records of prompts of `lengths` tokens: dense beside the first configuration and, at the
+    length that quality is measured at, beside all of them.
+
+    Raises:
+        ValueError: a length is more than the model's context.
+    """
+    found: list[dict[str, Any]] = []
+    for planned in tests(lengths, 0, []):
+        beside = configs if planned.prompt == context else configs[:1]
+        records = bench(
+            engine,
+            [planned],
+            [None, *beside],
+            text=text,
+            threads=threads,
+            repetitions=repetitions,
+            advance=advance,
+        )
+        found += map(asdict, records)
+    return found
+
+
+def runs(configs: Sequence[SparseKConfig], lengths: Sequence[int], context: int, repetitions: int) -> int:
+    """How often `speed` calls `advance`."""
+    return repetitions * sum(1 + (len(configs) if n == context else 1) for n in lengths)
+
+
+def quality(
+    engine: Engine,
+    configs: Sequence[SparseKConfig],
+    tokens: list[int],
+    context: int,
+    *,
+    text_name: str,
+    advance: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    """`eval` records of the text's first window, with `min_context` 0 so that K is used whatever the context.
+
+    Raises:
+        ValueError: as `Windows.check`.
+    """
+    used = [replace(config, min_context=0) for config in configs]
+    found = evaluate(engine, used, Windows(tokens, context), text_name=text_name, advance=advance)
+    return [asdict(record) for record in found]
