@@ -274,7 +274,9 @@ def _log_y(axes: Axes) -> None:
     )
     low, high = axes.get_ylim()
     near = high < 30 * low  # few powers of ten are seen: the numbers between them are needed too
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}" if near else ""))
+    axes.yaxis.set_minor_formatter(
+        FuncFormatter(lambda y, _: f"{y:g}" if near and f"{y:e}"[0] in "25" else "")
+    )
 
 
 def _power(y: float) -> str:

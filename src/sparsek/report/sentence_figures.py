@@ -189,4 +189,4 @@ def _cell(axes: Axes, query: int, key: int, colour: str, gid: str) -> None:
 
 
 def _least(a: SentenceAttention) -> int:
-    return math.ceil(max(340, 12.5 * a.size + 100))
+    return math.ceil(max(340, (12.5 if a.size <= 24 else 17) * a.size + 100))
