@@ -91,7 +91,7 @@ def test_prompts_leave_generation_out() -> None:
 
 def test_rules_in_words() -> None:
     assert rule_words(SparseKConfig.pure(8)) == "top-K alone"
-    assert rule_words(SparseKConfig()) == "4 sinks, window 64, centroid tail, 1 dense layer"
+    assert rule_words(SparseKConfig()) == "4 sinks, window 16, centroid tail, 1 dense layer"
     assert rule_words(SparseKConfig(sinks=1, stride=8, tail="none", dense_layers=(0, 1))) == (
-        "1 sink, window 64, stride 8, 2 dense layers"
+        "1 sink, window 16, stride 8, 2 dense layers"
     )
