@@ -16,6 +16,7 @@ from .options import (
     note_dense,
     resume_option,
     rule_options,
+    text_option,
 )
 from .output import Column, output_option, progress, write_records, write_table
 
@@ -59,9 +60,7 @@ RETRIEVAL_COLUMNS: Final[list[Column]] = [
 
 @click.command("eval")
 @model_options
-@click.option(
-    "--text", metavar="FILE", help="UTF-8 text; - is standard input.  [default: Python's own manual]"
-)
+@text_option
 @click.option("--context", type=int, default=4096, show_default=True, help="Tokens per window.")
 @click.option("--windows", type=int, default=1, show_default=True, help="Windows, one after the other.")
 @click.option(
@@ -125,7 +124,7 @@ def command(
     from ..bench.text import read_text
     from ..evaluate import quality
     from ..evaluate.journal import Journal, fingerprint
-    from ..evaluate.retrieval import check_context, passes, retrieve
+    from ..evaluate.retrieval import TASKS, check_context, retrieve
 
     make_configs(top_k, None, **rule)  # what is wrong in them shows before the model is loaded
     if retrieval and output == "csv":
@@ -146,7 +145,7 @@ def command(
         "seed": seed,
     }
     journal = Journal(resume, work)
-    total = quality.passes(configs, windows) + (passes(configs) if retrieval else 0)
+    total = quality.passes(configs, windows + (len(TASKS) if retrieval else 0))
     found: list[RetrievalRecord] = []
     with progress("eval", total * context) as advance:
         records = quality.evaluate(opened, configs, planned, text_name=name, journal=journal, advance=advance)

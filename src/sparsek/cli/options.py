@@ -68,10 +68,16 @@ def _stacked(*options: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+model_option = click.option(
+    "-m", "--model", metavar="PATH", help="GGUF file or model directory.  [default: embedded model]"
+)
+
+text_option = click.option(
+    "--text", metavar="FILE", help="UTF-8 text; - is standard input.  [default: Python's own manual]"
+)
+
 model_options = _stacked(
-    click.option(
-        "-m", "--model", metavar="PATH", help="GGUF file or model directory.  [default: embedded model]"
-    ),
+    model_option,
     click.option(
         "--engine",
         type=click.Choice(list(ENGINES)),

@@ -13,7 +13,17 @@ from click.core import ParameterSource
 
 from ..config import SparseKConfig, TopK, budget_name
 from ..engines.base import default_engine
-from .options import Budgets, Counts, common_options, load, make_config, rule_options, use_threads
+from .options import (
+    Budgets,
+    Counts,
+    common_options,
+    load,
+    make_config,
+    model_option,
+    rule_options,
+    text_option,
+    use_threads,
+)
 from .output import progress
 
 if TYPE_CHECKING:
@@ -29,12 +39,8 @@ _RULE: Final = frozenset(
 
 
 @click.command("report")
-@click.option(
-    "-m", "--model", metavar="PATH", help="GGUF file or model directory.  [default: embedded model]"
-)
-@click.option(
-    "--text", metavar="FILE", help="UTF-8 text; - is standard input.  [default: Python's own manual]"
-)
+@model_option
+@text_option
 @click.option(
     "-o", "--output", metavar="FILE", default="report.html", show_default=True, help="Where the page goes."
 )

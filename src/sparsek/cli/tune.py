@@ -11,7 +11,15 @@ import click
 
 from ..config import SparseKConfig
 from ..engines.base import ENGINES
-from .options import common_options, load, make_config, resume_option, rule_options
+from .options import (
+    common_options,
+    load,
+    make_config,
+    model_option,
+    resume_option,
+    rule_options,
+    text_option,
+)
 from .output import Column, progress, write_table
 
 if TYPE_CHECKING:
@@ -37,9 +45,7 @@ COLUMNS: Final[list[Column]] = [
 
 
 @click.command("tune")
-@click.option(
-    "-m", "--model", metavar="PATH", help="GGUF file or model directory.  [default: embedded model]"
-)
+@model_option
 @click.option(
     "--engine",
     type=click.Choice(list(ENGINES)),
@@ -47,9 +53,7 @@ COLUMNS: Final[list[Column]] = [
     show_default=True,
     help="Engine; llama.cpp's rounding hides what a single layer costs.",
 )
-@click.option(
-    "--text", metavar="FILE", help="UTF-8 text; - is standard input.  [default: Python's own manual]"
-)
+@text_option
 @click.option(
     "--context", type=int, default=4096, show_default=True, help="Tokens to tune on; as many are held back."
 )

@@ -84,11 +84,11 @@ class LlamaEngine:
         return room.raw[: max(0, length)].decode(errors="replace")
 
     def prompt(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[tuple[int, float]]:
-        with self._context(len(tokens) + 1, config) as context:
-            for i in range(0, len(tokens), _BATCH):
-                part, start = tokens[i : i + _BATCH], time.perf_counter()
-                self._submit(context, part)
-                yield len(part), time.perf_counter() - start
+        context = self._new_context(len(tokens) + 1, config)
+        for i in range(0, len(tokens), _BATCH):
+            part, start = tokens[i : i + _BATCH], time.perf_counter()
+            self._submit(context, part)
+            yield len(part), time.perf_counter() - start
 
     def generation(self, depth: list[int], count: int, config: SparseKConfig | None) -> Callable[[], float]:
         tokens = depth or self.encode("The")[:1]  # generation begins from something
@@ -107,14 +107,14 @@ class LlamaEngine:
         return once
 
     def generate(self, tokens: list[int], count: int, config: SparseKConfig | None) -> Iterator[int]:
-        with self._context(len(tokens) + count + 1, config) as context:
-            given: Sequence[int] = tokens
-            for _ in range(count):
-                token = self._append(context, given)
-                if self._lib.llama_vocab_is_eog(self._vocab, token):
-                    return
-                yield token
-                given = [token]
+        context = self._new_context(len(tokens) + count + 1, config)
+        given: Sequence[int] = tokens
+        for _ in range(count):
+            token = self._append(context, given)
+            if self._lib.llama_vocab_is_eog(self._vocab, token):
+                return
+            yield token
+            given = [token]
 
     def observed(
         self, observer: Observer, layers: Container[int] | None = None
@@ -162,10 +162,6 @@ class LlamaEngine:
             if status != 0:
                 raise RuntimeError(f"llama.cpp cannot decode ({status}): {integration.last_error()}")
         self._lib.llama_synchronize(context.value)
-
-    @contextlib.contextmanager
-    def _context(self, tokens: int, config: SparseKConfig | None) -> Iterator[_Context]:
-        yield self._new_context(tokens, config)
 
     def _new_context(self, tokens: int, config: SparseKConfig | None) -> _Context:
         if config is not None:

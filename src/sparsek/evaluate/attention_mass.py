@@ -23,6 +23,11 @@ class LayerMass:
     kept: float = 0.0
     rows: int = 0  # of one head
 
+    def add(self, mass: list[float], kept: float, rows: int) -> None:
+        self.mass = [a + b for a, b in zip(self.mass, mass, strict=True)]
+        self.kept += kept
+        self.rows += rows
+
 
 @dataclass
 class MassObserver:
@@ -34,10 +39,7 @@ class MassObserver:
         if problem.keeps_all:
             return
         mass, kept, rows = retained_mass(problem)
-        total = self.layers.setdefault(layer, LayerMass([0.0] * len(mass)))
-        total.mass = [a + b for a, b in zip(total.mass, mass, strict=True)]
-        total.kept += kept
-        total.rows += rows
+        self.layers.setdefault(layer, LayerMass([0.0] * len(mass))).add(mass, kept, rows)
 
 
 def retained_mass(p: Problem) -> tuple[list[float], float, int]:

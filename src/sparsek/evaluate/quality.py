@@ -275,10 +275,7 @@ def _add(windows: Sequence[dict[str, Any]]) -> dict[int, LayerMass]:
     totals: dict[int, LayerMass] = {}
     for window in windows:
         for layer, found in window.items():
-            total = totals.setdefault(int(layer), LayerMass([0.0] * len(found["mass"])))
-            total.mass = [a + b for a, b in zip(total.mass, found["mass"], strict=True)]
-            total.kept += found["kept"]
-            total.rows += found["rows"]
+            totals.setdefault(int(layer), LayerMass([0.0] * len(found["mass"]))).add(**found)
     return totals
 
 

@@ -68,11 +68,6 @@ class _Sequence:
     answers: list[_Answer]
 
 
-def passes(configs: Sequence[SparseKConfig | None]) -> int:
-    """How often the model runs on a whole context."""
-    return len(TASKS) * (1 + sum(config is not None for config in configs))
-
-
 def check_context(engine: Engine, context: int) -> None:
     """Raises ValueError when retrieval cannot be asked in a context of so many tokens."""
     if not 512 <= context <= engine.context_length:
@@ -92,7 +87,7 @@ def retrieve(
 ) -> list[RetrievalRecord]:
     """Each task with each configuration; None among them is dense attention, which is measured anyway.
 
-    `advance` is called with `context` after each of the `passes(configs)` passes.
+    `advance` is called with `context` after each of the passes, `quality.passes(configs, len(TASKS))`.
 
     Raises:
         ValueError: `context` is outside 512 .. the model's context, or the text is too short for it.

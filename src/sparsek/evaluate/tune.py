@@ -15,7 +15,7 @@ The answer is then measured on text that none of this has seen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
@@ -149,7 +149,7 @@ class Tuner:
         if not candidates:
             self._must_be_met(min(self.points, key=self._distance))
         answer = best if best is not None and self._is_met(best) else min(candidates, key=self._merit)
-        return self._record(answer, uniform if uniform is not None and self._is_met(uniform) else None)
+        return self._record(answer, uniform if self._is_met(uniform) else None)
 
     def _must_be_met(self, nearest: Point) -> None:
         if not self._is_met(nearest):
@@ -160,7 +160,7 @@ class Tuner:
 
     # ---- The four steps
 
-    def _uniform(self) -> Point | None:
+    def _uniform(self) -> Point:
         """The cheapest of `_UNIFORM` that meets the target (for a speed-up, the dearest)."""
         budgets = [k for k in _UNIFORM if k < self.windows.context / 2]
         measured: dict[int, Point] = {}
@@ -181,12 +181,12 @@ class Tuner:
                 low, high = (low, middle) if self._is_met(point(middle)) else (middle + 1, high)
         return point(low)
 
-    def _best_form(self, uniform: Point | None) -> SparseKConfig:
+    def _best_form(self, uniform: Point) -> SparseKConfig:
         """Other sinks and windows, with as many keys; the one of least KL."""
-        start = SparseKConfig.from_dict((uniform or self.points[-1]).config)
+        start = SparseKConfig.from_dict(uniform.config)
         assert isinstance(start.top_k, int)
         room = start.top_k + start.sinks + start.window
-        found = [uniform or self.points[-1]]
+        found = [uniform]
         for sinks, window in _FORMS:
             if room - sinks - window > 0:
                 config = replace(start, sinks=sinks, window=window, top_k=room - sinks - window)
@@ -196,7 +196,7 @@ class Tuner:
 
     def _by_layer(self, form: SparseKConfig) -> Point | None:
         curves = self._curves(form)
-        alone = {layer: self._alone(layer, form, curves) for layer in curves}
+        alone = {layer: self._alone(layer, form) for layer in curves}
         top_k = form.top_k
         assert isinstance(top_k, int)
         power = self._fitted_power(alone, curves, form)
@@ -205,9 +205,7 @@ class Tuner:
             """KL that the layer brings, by its dropped mass; None is dense."""
             if budget is None:
                 return 0.0
-            curve = curves[layer]
-            start = max(curve.at(_ALONE), 1e-9)
-            return float(alone[layer] * (curve.at(budget) / start) ** power)
+            return _modelled(alone[layer], curves[layer], budget, power)
 
         def config_at(price: float) -> SparseKConfig:
             """Each layer keeps what minimises KL + price x keys."""
@@ -261,11 +259,10 @@ class Tuner:
             int(layer): DroppedMass(tuple(c["budgets"]), tuple(c["dropped"])) for layer, c in made.items()
         }
 
-    def _alone(self, layer: int, form: SparseKConfig, curves: dict[int, DroppedMass]) -> float:
+    def _alone(self, layer: int, form: SparseKConfig) -> float:
         """KL with this layer sparse at a small K, and all others dense."""
         others = tuple(other for other in range(self.engine.num_layers) if other != layer)
         config = replace(form, top_k=_ALONE, dense_layers=others)
-        assert layer in curves
         return max(self._measure(f"layer {layer} alone", config, keep=False).kl, 1e-9)
 
     def _fitted_power(
@@ -286,7 +283,7 @@ class Tuner:
             for config, kl in points:
                 assert isinstance(config.top_k, int)
                 modelled = sum(
-                    alone[layer] * (curve.at(config.top_k) / max(curve.at(_ALONE), 1e-9)) ** power
+                    _modelled(alone[layer], curve, config.top_k, power)
                     for layer, curve in curves.items()
                     if layer not in config.dense_layers
                 )
@@ -394,7 +391,11 @@ class Tuner:
         )
 
 
+def _modelled(alone: float, curve: DroppedMass, budget: int, power: float) -> float:
+    """KL that a layer brings when it keeps `budget` keys, from what it brings with `_ALONE`."""
+    return float(alone * (curve.at(budget) / max(curve.at(_ALONE), 1e-9)) ** power)
+
+
 def steps(engine: Engine) -> int:
     """About how many points a run measures."""
-    uniform: Sequence[int] = _UNIFORM
-    return math.ceil(math.log2(len(uniform))) + len(_FORMS) + engine.num_layers + _STEPS
+    return math.ceil(math.log2(len(_UNIFORM))) + len(_FORMS) + engine.num_layers + _STEPS
