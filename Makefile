@@ -95,18 +95,18 @@ bench: $(READY) ## measure the embedded model and record it in benchmarks/; want
 	done > build/break-even.jsonl
 	mv build/quality.jsonl build/speed-llama.jsonl build/speed-transformers.jsonl build/attention.jsonl build/break-even.jsonl benchmarks/
 
-# Quality against K at several lengths, and of other forms at one K. MODEL: a GGUF file, to add another model.
-STUDY := $(BIN)/sparsek eval --engine transformers --min-context 0 -o jsonl $(if $(MODEL),-m $(MODEL))
-study: $(READY) ## measure what docs/choosing-k.md shows, half an hour; MODEL=FILE adds a model
+# Quality against K at several lengths, and of other forms at one K. Sliding windows under 1024 stay dense.
+STUDY := $(BIN)/sparsek eval --engine transformers --min-context 1024 -o jsonl $(if $(MODEL),-m $(MODEL))
+STUDIED := build/study-$(or $(basename $(notdir $(MODEL))),embedded).jsonl
+study: $(READY) ## add to what docs/choosing-k.md shows, half an hour; MODEL=FILE for another model
 	mkdir -p build
 	for n in 1024 2048 4096 8192; do \
 	  $(STUDY) --context $$n -k 16,32,64,96,128,256 || exit 1; \
-	  $(STUDY) --context $$n -k 64 --pure || exit 1; \
-	done > build/study.jsonl
-	for form in "--sinks 0 --window 0" "--window 8" "--window 64" "--tail none" "--dense-layers none"; do \
+	done > $(STUDIED)
+	for form in "--pure" "--sinks 0 --window 0" "--window 8" "--window 64" "--tail none" "--dense-layers none"; do \
 	  $(STUDY) --context 4096 -k 64 $$form || exit 1; \
-	done >> build/study.jsonl
-	cat build/study.jsonl >> benchmarks/choosing-k.jsonl
+	done >> $(STUDIED)
+	cat $(STUDIED) >> benchmarks/choosing-k.jsonl
 
 docs: $(READY) ## make the generated parts of README and docs again
 	$(BIN)/python tools/draw_selection.py

@@ -21,7 +21,8 @@ import click
 
 from sparsek import SparseKConfig, recommend_k
 from sparsek.cli import COMMANDS, cli
-from sparsek.report.tables import markdown_table
+from sparsek.config import budget_range
+from sparsek.report.tables import markdown_table, with_error
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "benchmarks"
@@ -201,16 +202,17 @@ def _needed(found: dict[int, dict[str, Any]]) -> str:
 
 def study_forms() -> str:
     """What changes when one part of the form does, a table for each model."""
-    default = SparseKConfig(top_k=64, min_context=0).to_dict()
+    default, pure = _form(SparseKConfig(top_k=64)), _form(SparseKConfig.pure(64))
     rows: dict[str, dict[str, list[str]]] = {}
     for r in _records("choosing-k.jsonl"):
         if r["context"] != 4096 or r["top_k"] != 64:
             continue
-        changed = {n: v for n, v in r["config"].items() if v != default[n]}
+        form = _form(r["config"])
+        changed = {n: v for n, v in form.items() if v != default[n]}
         name = ", ".join(f"{n} = {v}" for n, v in changed.items()) or "the default form"
-        if r["config"] == SparseKConfig.pure(64).to_dict():
+        if form == pure:
             name = "plain top-K"
-        cells = [f"{r['kept_mean']:.0f}", f"{r['ppl_ratio']:.4f} ± {r['ppl_ratio_se']:.4f}"]
+        cells = [f"{r['kept_mean']:.0f}", with_error(r["ppl_ratio"], r["ppl_ratio_se"])]
         rows.setdefault(r["model"], {})[name] = [*cells, f"{r['kl_mean']:.4f}", f"{r['mass_mean']:.3f}"]
     titles = ["form", "keys kept", "perplexity ratio", "KL", "mass kept"]
     return "\n\n".join(
@@ -229,7 +231,7 @@ def study_tune() -> str:
                 r["model"],
                 r["target"],
                 f"{uniform['config']['top_k']}, {uniform['keys']:.0f} keys",
-                f"{min(budgets)} to {max(budgets)}, {r['tuned']['keys']:.0f} keys",
+                f"{budget_range(budgets)}, {r['tuned']['keys']:.0f} keys",
                 f"{r['saved']:.0%}",
                 f"{r['tuned']['kl']:.4f}",
                 f"{r['held']['kl_mean']:.4f}",
@@ -245,12 +247,18 @@ def study_tune() -> str:
 
 def _study() -> dict[str, dict[int, dict[int, dict[str, Any]]]]:
     """Records of the default form: by model, context and K."""
-    default = SparseKConfig(min_context=0).to_dict()
+    default = _form(SparseKConfig(top_k=64))
     found: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}
     for r in _records("choosing-k.jsonl"):
-        if {**r["config"], "top_k": default["top_k"]} == default:
+        if _form({**r["config"], "top_k": 64}) == default:
             found.setdefault(r["model"], {}).setdefault(r["context"], {})[r["top_k"]] = r
     return found
+
+
+def _form(config: SparseKConfig | dict[str, Any]) -> dict[str, Any]:
+    """What is kept. `min_context` is no part of it: the study's contexts are all above it."""
+    fields = config if isinstance(config, dict) else config.to_dict()
+    return {name: value for name, value in fields.items() if name != "min_context"}
 
 
 def _window(records: Iterable[dict[str, Any]]) -> str:

@@ -203,3 +203,15 @@ def budget_name(config: SparseKConfig | None) -> int | str:
     if config is None:
         return 0
     return "per layer" if isinstance(config.top_k, tuple) else config.top_k
+
+
+def budget_range(top_k: Any) -> str:
+    """K for people: where it is given per layer, from the smallest to the largest. "auto" counts as least."""
+    if not isinstance(top_k, (tuple, list)):
+        return str(top_k)
+    ordered = sorted(top_k, key=lambda k: -1 if k == "auto" else k)
+    return f"{ordered[0]} to {ordered[-1]}"
+
+
+# An engine with it runs as it does without us, and its attention can be observed.
+KEEP_ALL: Final = SparseKConfig.pure(2**31 - 1)

@@ -6,14 +6,11 @@ from typing import Any
 
 import torch
 
-from ..config import SparseKConfig
+from ..config import KEEP_ALL
 from ..engines.base import open_engine
 from ..problem import Problem
 from .attention_call import DTYPES, Inputs
 from .text import read_text, take_tokens
-
-# Keeps everything: the model runs as it does without us.
-_KEEP_ALL = SparseKConfig.pure(2**31 - 1)
 
 
 class _Captured(Exception):  # noqa: N818 - not an error: it ends the model's run early
@@ -51,7 +48,7 @@ def model_inputs(
 
     try:
         with engine.observed(capture):
-            list(engine.prompt(take_tokens(engine, words, tokens), _KEEP_ALL))
+            list(engine.prompt(take_tokens(engine, words, tokens), KEEP_ALL))
     except _Captured:
         pass
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from ..config import TopK
+from ..report.tables import with_error
 from .options import (
     Budgets,
     common_options,
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
     from ..evaluate.retrieval import RetrievalRecord
 
 
-def _pm(value: float, error: float | None) -> str:
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
-
-
 COLUMNS: Final[list[Column]] = [
     ("model", lambda r: r.model),
     ("text", lambda r: r.text),
@@ -36,8 +33,8 @@ COLUMNS: Final[list[Column]] = [
     ("kept", lambda r: "all" if r.kept_mean is None else f"{r.kept_mean:.0f}"),
     ("ppl dense", lambda r: f"{r.ppl_dense:.3f}"),
     ("ppl", lambda r: f"{r.ppl:.3f}"),
-    ("ratio", lambda r: _pm(r.ppl_ratio, r.ppl_ratio_se)),
-    ("KL", lambda r: _pm(max(r.kl_mean, 0.0), r.kl_se)),
+    ("ratio", lambda r: with_error(r.ppl_ratio, r.ppl_ratio_se)),
+    ("KL", lambda r: with_error(max(r.kl_mean, 0.0), r.kl_se)),
     ("same top", lambda r: f"{r.same_top:.3f}"),
     ("mass", lambda r: "" if r.mass_mean is None else f"{r.mass_mean:.3f}"),
 ]
@@ -123,7 +120,7 @@ def command(
     """
     from ..bench.text import read_text
     from ..evaluate import quality
-    from ..evaluate.journal import Journal, fingerprint
+    from ..evaluate.journal import Journal
     from ..evaluate.retrieval import TASKS, check_context, retrieve
 
     make_configs(top_k, None, **rule)  # what is wrong in them shows before the model is loaded
@@ -136,15 +133,7 @@ def command(
     planned.check(opened)
     if retrieval:
         check_context(opened, context)
-    work = {
-        "model": opened.model,
-        "engine": f"{opened.name} {opened.version}",
-        "text": fingerprint(words),
-        "context": context,
-        "generated": generated,
-        "seed": seed,
-    }
-    journal = Journal(resume, work)
+    journal = Journal.of(resume, opened, words, context=context, generated=generated, seed=seed)
     total = quality.passes(configs, windows + (len(TASKS) if retrieval else 0))
     found: list[RetrievalRecord] = []
     with progress("eval", total * context) as advance:

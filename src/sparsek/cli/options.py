@@ -161,6 +161,17 @@ def note_dense(configs: Sequence[SparseKConfig | None], contexts: Sequence[int])
         )
 
 
+def check_folders(*places: str | None) -> None:
+    """Where something is to be written, its folder must be there: said before the work, not after it.
+
+    Raises:
+        click.UsageError: it is not.
+    """
+    for place in places:
+        if place is not None and not Path(place).parent.is_dir():
+            raise click.UsageError(f"no such directory: {str(Path(place).parent)!r}")
+
+
 def load(engine: str | None, model: str | None, threads: int | None, **options: Any) -> Engine:
     """Open the engine, with its `options`."""
     threads = use_threads(threads)

@@ -16,6 +16,7 @@ from ..engines.base import default_engine
 from .options import (
     Budgets,
     Counts,
+    check_folders,
     common_options,
     load,
     make_config,
@@ -176,9 +177,7 @@ def command(
 def _check_places(output: str, images: str | None) -> None:
     if Path(output).is_dir():
         raise click.UsageError(f"this is a directory, give a file: {output!r}")
-    for place in (output, images):
-        if place is not None and not Path(place).parent.is_dir():
-            raise click.UsageError(f"no such directory: {str(Path(place).parent)!r}")
+    check_folders(output, images)
     if images is not None and Path(images).exists() and not Path(images).is_dir():
         raise click.UsageError(f"this is not a directory: {images!r}")
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ..config import SparseKConfig
+from ..config import SparseKConfig, budget_range
 from ..engines.base import ENGINES
+from ..report.tables import with_error
 from .options import (
+    check_folders,
     common_options,
     load,
     make_config,
@@ -26,20 +28,15 @@ if TYPE_CHECKING:
     from ..evaluate.tune import Point
 
 
-def _k(config: dict[str, Any]) -> str:
-    budgets = config["top_k"]
-    return f"{min(budgets)} to {max(budgets)}" if isinstance(budgets, list) else str(budgets)
-
-
 COLUMNS: Final[list[Column]] = [
     ("step", lambda p: p.step),
-    ("K", lambda p: _k(p.config)),
+    ("K", lambda p: budget_range(p.config["top_k"])),
     ("sinks", lambda p: str(p.config["sinks"])),
     ("window", lambda p: str(p.config["window"])),
     ("dense layers", lambda p: str(len(p.config["dense_layers"]))),
     ("keys", lambda p: f"{p.keys:.0f}"),
-    ("KL", lambda p: f"{p.kl:.4f} ± {p.kl_se:.4f}"),
-    ("ppl ratio", lambda p: f"{p.ppl_ratio:.4f} ± {p.ppl_ratio_se:.4f}"),
+    ("KL", lambda p: with_error(p.kl, p.kl_se)),
+    ("ppl ratio", lambda p: with_error(p.ppl_ratio, p.ppl_ratio_se)),
     ("speed-up", lambda p: "" if p.speedup is None else f"{p.speedup:.2f}"),
 ]
 
@@ -96,25 +93,18 @@ def command(
       sparsek eval --config config.json
     """
     from ..bench.text import read_text
-    from ..evaluate.journal import Journal, fingerprint
+    from ..evaluate.journal import Journal
     from ..evaluate.quality import Windows
     from ..evaluate.tune import Tuner, steps
 
     target = _target(max_kl, max_ppl_ratio, min_speedup)
     make_config(None, **rule)  # what is wrong in it shows before the model is loaded
-    for file in (output, records):
-        if file is not None and not Path(file).parent.is_dir():
-            raise click.UsageError(f"no such directory: {str(Path(file).parent)!r}")
+    check_folders(output, records)
     name, words = read_text(text)
     opened = load(engine, model, threads)
     form = make_config(opened.model_config, **rule)
-    work = {
-        "model": opened.model,
-        "engine": f"{opened.name} {opened.version}",
-        "text": fingerprint(words),
-        "context": context,
-        "target": "speed" if min_speedup is not None else "quality",
-    }
+    kind = "speed" if min_speedup is not None else "quality"
+    journal = Journal.of(resume, opened, words, context=context, target=kind)
     with progress("tune", steps(opened)) as advance:
 
         def say(_: Point) -> None:
@@ -126,7 +116,7 @@ def command(
             replace(form, top_k=64),
             target,
             name,
-            Journal(resume, work),
+            journal,
             say,
         )
         record = tuner.tune()
@@ -163,7 +153,7 @@ def _summary(record: Any) -> str:
     if record.uniform is not None:
         uniform = record.uniform
         lines.append(
-            f"  one K      {_k(uniform['config'])} in every layer needs {uniform['keys']:.0f} keys: "
-            f"{record.saved:.0%} saved"
+            f"  one K      {budget_range(uniform['config']['top_k'])} in every layer needs "
+            f"{uniform['keys']:.0f} keys: {record.saved:.0%} saved"
         )
     return "\n".join(lines)

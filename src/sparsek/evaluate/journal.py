@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..engines.base import Engine
+
 
 class Journal:
     """Results by key, appended to a file as they come. The first line says which work they belong to.
@@ -30,6 +32,13 @@ class Journal:
             self._read(self._path, work)
         else:
             self._path.write_text(json.dumps({"work": work}) + "\n", encoding="utf-8")
+
+    @classmethod
+    def of(cls, path: str | Path | None, engine: Engine, text: str, **more: Any) -> Journal:
+        """Of work on this engine's model and this text, with what else its results depend on. Raises as
+        the constructor."""
+        model = {"model": engine.model, "engine": f"{engine.name} {engine.version}"}
+        return cls(path, {**model, "text": _fingerprint(text), **more})
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
         """The result of `key`; made, and kept, where there is none yet. Results are JSON types."""
@@ -67,6 +76,5 @@ class Journal:
                 file.truncate(len(whole))
 
 
-def fingerprint(data: bytes | str) -> str:
-    """A short name of some content."""
-    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
+def _fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from ..config import SparseKConfig
+from ..config import KEEP_ALL, SparseKConfig
 from ..engines.base import Engine, Part
 from ..kernels import reference
 from ..policy import Rule
@@ -19,7 +19,6 @@ from ..verify import sample
 from .attention_mass import on_torch
 
 _ROWS: Final = 256  # of each head, over a whole window
-_KEEP_ALL: Final = SparseKConfig.pure(2**31 - 1)
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def dropped_mass(
         sums[layer] = sums.get(layer, 0) + found
         rows[layer] = rows.get(layer, 0) + count
 
-    chunks = engine.logits([Part(window, _KEEP_ALL, scored=len(window))])
+    chunks = engine.logits([Part(window, KEEP_ALL, scored=len(window))])
     done = False
     while not done:
         with engine.observed(observe):

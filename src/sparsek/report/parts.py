@@ -22,6 +22,7 @@ from .series import (
     with_mass,
 )
 from .svg import Picture, drawing
+from .tables import with_error
 from .tensors import SentenceAttention, mean_weight
 
 Rows = Sequence[Sequence[str]]
@@ -180,8 +181,8 @@ def _quality(m: Material) -> Part:
             r["text"],
             f"{r['context']:,}",
             budget_text(r),
-            _pm(r["ppl_ratio"], r["ppl_ratio_se"]),
-            _pm(r["kl_mean"], r["kl_se"]),
+            with_error(r["ppl_ratio"], r["ppl_ratio_se"]),
+            with_error(r["kl_mean"], r["kl_se"]),
             "" if r.get("same_top") is None else f"{r['same_top']:.3f}",
         ]
         for r in used
@@ -244,7 +245,7 @@ def _frontier(m: Material) -> Part:
             p.step,
             p.label,
             f"{p.keys:.0f}",
-            _pm(p.kl, p.kl_se),
+            with_error(p.kl, p.kl_se),
             "" if p.speedup is None else f"{p.speedup:.2f}",
         ]
         for p in points
@@ -266,7 +267,3 @@ def _source(m: Material, kind: str, records: Sequence[Record], said: str) -> str
 
 def _of(m: Material, part: str) -> str:
     return m.commands.get(part, "")
-
-
-def _pm(value: float, error: float | None) -> str:
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import SparseKConfig
+from ..config import SparseKConfig, budget_range
 from ..policy import auto_top_k
 from .records import Record
 
@@ -229,16 +229,7 @@ def frontier_of_tuning(record: Record) -> list[FrontierPoint]:
     """The points that a tuning walked; the last is its answer."""
 
     def point(p: dict[str, Any], step: str) -> FrontierPoint:
-        budgets = p["config"].get("top_k", "auto")
-        k = (
-            f"{min(map(str, budgets), key=_number)} to {max(map(str, budgets), key=_number)}"
-            if isinstance(budgets, list)
-            else str(budgets)
-        )
+        k = budget_range(p["config"].get("top_k", "auto"))
         return FrontierPoint(step, f"K = {k}", p["keys"], p["kl"], p["kl_se"], p["speedup"])
 
     return [*(point(p, p["step"]) for p in record["frontier"]), point(record["tuned"], "answer")]
-
-
-def _number(text: str) -> float:
-    return float(text) if text.isdecimal() else -1.0

@@ -1,4 +1,4 @@
-"""Markdown tables."""
+"""Markdown tables, and numbers in them."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _is_number(text: str) -> bool:
     return text[:1].isdigit() or text in ("", "-")
+
+
+def with_error(value: float, error: float | None) -> str:
+    """`0.0123 ± 0.0004`; without an error the value alone."""
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"

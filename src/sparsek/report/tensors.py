@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..config import SparseKConfig
+from ..config import KEEP_ALL, SparseKConfig
 from ..engines.base import Engine
 from ..kernels import reference
 from ..policy import resolve
@@ -19,7 +19,6 @@ from ..problem import Problem
 from .words import token_text
 
 MOST_TOKENS: Final = 64
-_KEEP_ALL: Final = SparseKConfig.pure(2**31 - 1)  # the model runs as it does without us
 
 Matrix = npt.NDArray[Any]
 
@@ -132,7 +131,7 @@ def capture(
 def _observed(engine: Engine, tokens: list[int]) -> dict[int, Problem]:
     problems: dict[int, Problem] = {}
     with engine.observed(lambda layer, problem, _out: problems.update({layer: problem})):
-        list(engine.prompt(tokens, _KEEP_ALL))
+        list(engine.prompt(tokens, KEEP_ALL))
     return problems
 
 
