@@ -80,9 +80,19 @@ def test_tuning_ends_with_its_answer() -> None:
 
 def test_mass_is_that_of_the_k_asked_for() -> None:
     records = [eval_record(0, config=None), eval_record(16), eval_record(64)]
-    assert with_mass(records, 64) is records[2]
-    assert with_mass(records, "auto") is records[1]
-    assert with_mass(records[:1], 64) is None
+    rule = rule_words(SparseKConfig())
+    assert with_mass(records, 64, rule) is records[2]
+    assert with_mass(records, "auto", rule) is records[1]
+    assert with_mass(records[:1], 64, rule) is None
+    pure = eval_record(64, config=SparseKConfig.pure(64).to_dict())
+    assert with_mass([pure, *records], "auto", rule) is records[1]
+    assert with_mass([*records, pure], 64, rule_words(SparseKConfig.pure(64))) is pure
+
+
+def test_points_that_differ_in_more_than_k_are_on_lines_of_their_own() -> None:
+    pure = eval_record(64, config=SparseKConfig.pure(64).to_dict())
+    points = frontier_of_run([eval_record(16), eval_record(64), pure], [], lambda _: 1.0)
+    assert points[0].line == points[1].line != points[2].line
 
 
 def test_prompts_leave_generation_out() -> None:

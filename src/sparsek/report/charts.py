@@ -21,9 +21,10 @@ from .svg import Picture, new_figure
 
 _WIDTH, _HEIGHT = 4.7, 3.4
 _PLAIN: Final = FuncFormatter(lambda n, _: f"{n:.10g}")
+_LONG_LABEL: Final = 34  # two columns of longer ones are wider than a figure
 _LEAST_KL: Final = 1e-6  # rounding makes a mean of nothing negative; a logarithm cannot show that
 _STEPS: Final = {
-    "eval": ("o", palette.SPARSE, "measured for this page"),
+    "eval": ("o", palette.SPARSE, "Sparse-K"),
     "one K": ("s", palette.THIRD, "tuning: one K"),
     "form": ("^", palette.DENSE, "tuning: other sinks and windows"),
     "K by layer": ("D", palette.FOURTH, "tuning: K by layer"),
@@ -212,15 +213,24 @@ def frontier(points: Sequence[FrontierPoint]) -> list[Picture]:
 
 def _frontier(name: str, title: str, x: str, points: Sequence[FrontierPoint], value: str) -> Picture:
     figure, axes = _axes(title, x, "KL divergence (nats)")
-    for step in dict.fromkeys(p.step for p in points):
-        of_step = sorted((p for p in points if p.step == step), key=lambda p: getattr(p, value))
+    dashes = _cycle(("-", "--", ":", "-."))
+    for step, line in dict.fromkeys((p.step, p.line) for p in points):
+        of_step = sorted(
+            (p for p in points if (p.step, p.line) == (step, line)), key=lambda p: getattr(p, value)
+        )
         marker, colour, label = _STEPS.get(step, ("x", palette.MUTED, f"tuning: {step}"))
+        label = line or label
         xs, ys = [getattr(p, value) for p in of_step], [max(p.kl, _LEAST_KL) for p in of_step]
         errors = [
             [min(p.kl_se, 0.9 * y) for p, y in zip(of_step, ys, strict=True)],
             [p.kl_se for p in of_step],
         ]
-        look: dict[str, Any] = {"fmt": marker, "ms": 5, "mew": 0.5, "ls": "-" if step == "eval" else ""}
+        look: dict[str, Any] = {
+            "fmt": marker,
+            "ms": 5,
+            "mew": 0.5,
+            "ls": next(dashes) if step == "eval" else "",
+        }
         if step == "answer":  # a ring of a star, for it lies on the point that it was
             look |= {"ms": 12, "mew": 1.4, "mfc": "none"}
         axes.errorbar(xs, ys, errors, color=colour, lw=1, capsize=2, label=label, **look)
@@ -238,7 +248,11 @@ def _frontier(name: str, title: str, x: str, points: Sequence[FrontierPoint], va
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(_PLAIN)
     axes.margins(0.12)
-    figure.legend(loc="outside lower center", ncols=2)
+    _, labels = axes.get_legend_handles_labels()
+    long = max(map(len, labels)) > _LONG_LABEL
+    if long:
+        figure.set_figheight(figure.get_figheight() + 0.2 * len(labels))
+    figure.legend(loc="outside lower center", ncols=1 if long else 2)
     ends = min(points, key=lambda p: getattr(p, value)), max(points, key=lambda p: getattr(p, value))
     alt = f"{len(points)} points, KL divergence against {x}: from " + " to ".join(
         f"{_short(getattr(p, value))} with KL {_short(p.kl)} ({p.label})" for p in ends

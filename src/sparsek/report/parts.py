@@ -197,7 +197,7 @@ def _quality(m: Material) -> Part:
 
 
 def _mass(m: Material) -> Part:
-    record = with_mass(m.records.eval, m.top_k)
+    record = with_mass(m.records.eval, m.top_k, m.costs.rule)
     text = (
         "The share of the dense softmax that falls on the kept keys, for every layer and head: 1 means that "
         "nothing was lost. Where it is low, attention is spread over many keys."

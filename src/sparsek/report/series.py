@@ -50,7 +50,8 @@ class Line:
 @dataclass(frozen=True)
 class FrontierPoint:
     """A configuration as the frontier has it. `keys`: a query attends to, mean over rows and all layers;
-    `kl` in nats; `speedup` of a prompt over dense, None where it was not measured; `step`: what for."""
+    `kl` in nats; `speedup` of a prompt over dense, None where it was not measured; `step`: what for;
+    `line`: the points that differ in K alone have the same."""
 
     step: str
     label: str
@@ -58,6 +59,7 @@ class FrontierPoint:
     kl: float
     kl_se: float
     speedup: float | None
+    line: str = ""
 
 
 def prompts(records: Sequence[Record]) -> list[Record]:
@@ -113,40 +115,41 @@ def qualities(records: Sequence[Record], value: str, error: str) -> list[Line]:
         spread = r[error] or 0.0
         line.add(budget(r), r[value], r[value] - spread, r[value] + spread)
 
-    return _lines(
-        [
-            (
-                {
-                    "": "Sparse-K",
-                    "rule": rule_words(r["config"]),
-                    "model": r["model"],
-                    "engine": r["engine"],
-                    "text": r["text"],
-                    "context": f"{r['context']} tokens",
-                    "where": f"in {r['where']}",
-                },
-                r,
-            )
-            for r in sparse(records)
-        ],
-        add,
-    )
+    return _lines([(_eval_words(r), r) for r in sparse(records)], add)
+
+
+def _eval_words(r: Record) -> dict[str, str]:
+    return {
+        "": "Sparse-K",
+        "rule": rule_words(r["config"]),
+        "model": r["model"],
+        "engine": r["engine"],
+        "text": r["text"],
+        "context": f"{r['context']} tokens",
+        "where": f"in {r['where']}",
+    }
 
 
 def _lines(keyed: Sequence[tuple[dict[str, str], Record]], add: Callable[[Line, Record], None]) -> list[Line]:
-    """One line for each set of words; its label is the first of them and those that tell the lines apart."""
+    """One line for each set of words."""
+    found: dict[tuple[str, ...], Line] = {}
+    for label, (words, r) in zip(_labels(keyed), keyed, strict=True):
+        add(found.setdefault(tuple(words.values()), Line(label, dense=r["config"] is None)), r)
+    return list(found.values())
+
+
+def _labels(keyed: Sequence[tuple[dict[str, str], Record]]) -> list[str]:
+    """Of each record the first of its words and those that tell the lines apart."""
     differ = {
         name
         for dense in (False, True)
         for name in (keyed[0][0] if keyed else ())
         if len({words[name] for words, r in keyed if (r["config"] is None) == dense}) > 1
     }
-    found: dict[tuple[str, ...], Line] = {}
-    for words, r in keyed:
-        told = [text for name, text in words.items() if text and (name == "" or name in differ)]
-        line = found.setdefault(tuple(words.values()), Line(", ".join(told), dense=r["config"] is None))
-        add(line, r)
-    return list(found.values())
+    return [
+        ", ".join(text for name, text in words.items() if text and (name == "" or name in differ))
+        for words, _ in keyed
+    ]
 
 
 def sparse(records: Sequence[Record]) -> list[Record]:
@@ -194,10 +197,12 @@ def same_rule(one: dict[str, Any] | None, other: dict[str, Any] | None, context:
     return a == b and all(used)
 
 
-def with_mass(records: Sequence[Record], top_k: int | str) -> Record | None:
-    """The record whose retained mass is shown: of the K asked for, or else the first that has any."""
+def with_mass(records: Sequence[Record], top_k: int | str, rule: str) -> Record | None:
+    """The record whose retained mass is shown: of the K and the rule asked for, or else of one of them."""
     shown = [r for r in sparse(records) if any(row is not None for row in r["mass"])]
-    return next((r for r in shown if r["top_k"] == top_k), shown[0] if shown else None)
+    return max(
+        shown, key=lambda r: (r["top_k"] == top_k) + 2 * (rule_words(r["config"]) == rule), default=None
+    )
 
 
 def frontier_of_run(
@@ -206,9 +211,8 @@ def frontier_of_run(
     """Points of `eval` records. `keys` counts the keys of one. The speed-up is that of the `bench` record of
     the same engine-independent rule, with a prompt as long as the context, where there is one."""
     points = []
-    for r in sparse(records):
-        if not r["mass"]:  # of an earlier version; how many layers there are is not known
-            continue
+    counted = [r for r in sparse(records) if r["mass"]]  # without it, how many layers there are is not known
+    for line, r in zip(_labels([(_eval_words(r), r) for r in counted]), counted, strict=True):
         speedup = next(
             (
                 b["speedup"]
@@ -221,7 +225,7 @@ def frontier_of_run(
             None,
         )
         label = f"K = {budget_text(r)}"
-        points.append(FrontierPoint("eval", label, keys(r), r["kl_mean"], r["kl_se"] or 0.0, speedup))
+        points.append(FrontierPoint("eval", label, keys(r), r["kl_mean"], r["kl_se"] or 0.0, speedup, line))
     return points
 
 
