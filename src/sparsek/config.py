@@ -105,7 +105,8 @@ class SparseKConfig:
         try:
             values = json.loads(text)
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"not a JSON configuration ({error}): {str(text)[:80]!r}") from None
+            hint = " (this takes JSON text, not a file's name)" if str(text).endswith(".json") else ""
+            raise ValueError(f"not a JSON configuration ({error}): {str(text)[:80]!r}{hint}") from None
         return cls.from_dict(values)
 
     def to_gguf_metadata(self) -> dict[str, str | int]:

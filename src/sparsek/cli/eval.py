@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+from click.core import ParameterSource
 
 from ..config import TopK
+from ..policy import auto_top_k
 from ..report.tables import with_error
 from .options import (
     Budgets,
@@ -25,11 +27,18 @@ if TYPE_CHECKING:
     from ..evaluate.retrieval import RetrievalRecord
 
 
+def _k(record: Any) -> str:
+    if record.config is None:
+        return "dense"
+    return f"auto ({auto_top_k(record.context)})" if record.top_k == "auto" else str(record.top_k)
+
+
 COLUMNS: Final[list[Column]] = [
     ("model", lambda r: r.model),
+    ("engine", lambda r: r.engine),
     ("text", lambda r: r.text),
     ("context", lambda r: str(r.context)),
-    ("K", lambda r: "dense" if r.config is None else str(r.top_k)),
+    ("K", lambda r: _k(r)),
     ("kept", lambda r: "all" if r.kept_mean is None else f"{r.kept_mean:.0f}"),
     ("ppl dense", lambda r: f"{r.ppl_dense:.3f}"),
     ("ppl", lambda r: f"{r.ppl:.3f}"),
@@ -41,17 +50,17 @@ COLUMNS: Final[list[Column]] = [
 
 
 def _said(hit: bool | None) -> str:
-    return "" if hit is None else "hit" if hit else "miss"
+    return "" if hit is None else "yes" if hit else "no"
 
 
 RETRIEVAL_COLUMNS: Final[list[Column]] = [
     ("task", lambda r: r.task),
     ("depth", lambda r: "" if r.depth is None else f"{r.depth:.0%}"),
-    ("K", lambda r: "dense" if r.config is None else str(r.top_k)),
-    ("log p dense", lambda r: f"{r.logprob_dense:.3f}"),
-    ("log p", lambda r: f"{r.logprob:.3f}"),
-    ("dense", lambda r: _said(r.hit_dense)),
-    ("sparse", lambda r: _said(r.hit)),
+    ("K", lambda r: _k(r)),
+    ("dense log p", lambda r: f"{r.logprob_dense:.3f}"),
+    ("sparse log p", lambda r: f"{r.logprob:.3f}"),
+    ("dense says it", lambda r: _said(r.hit_dense)),
+    ("sparse says it", lambda r: _said(r.hit)),
 ]
 
 
@@ -108,7 +117,9 @@ def command(
     Dense and sparse run over the same windows. KL is from the dense to the sparse distribution of the next
     token, in nats; mass is the share of the dense softmax that falls on the kept keys; ± is the standard
     error. With --where prompt, Sparse-K works on the prompt and what follows is generated densely; with
-    --where generation the other way round; either way only the generated tokens are scored.
+    --where generation the other way round; either way only the generated tokens are scored. Kept are the keys
+    of a row in a sparse layer. On llama.cpp a KL of some 0.003 is rounding, and no cost of K: its own dense
+    attention (K = 0) has none, every other attention has it; --engine transformers has none.
 
     \b
     Examples:
@@ -124,6 +135,9 @@ def command(
     from ..evaluate.retrieval import TASKS, check_context, retrieve
 
     make_configs(top_k, None, **rule)  # what is wrong in them shows before the model is loaded
+    given = click.get_current_context().get_parameter_source("generated")
+    if where == "all" and given is not ParameterSource.DEFAULT:
+        raise click.UsageError("--generated needs --where prompt or --where generation")
     if retrieval and output == "csv":
         raise click.UsageError("-o csv holds one kind of record: leave out --retrieval, or take jsonl")
     name, words = read_text(text)
@@ -151,6 +165,8 @@ def command(
             )
     if output == "md":
         write_table(records, COLUMNS)
+        if where != "all":
+            click.echo(f"\nScored: the last {generated} of {context} tokens. Sparse-K: in the {where} alone.")
         if found:
             click.echo()
             write_table(found, RETRIEVAL_COLUMNS)

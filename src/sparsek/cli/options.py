@@ -101,7 +101,8 @@ rule_options = _stacked(
 resume_option = click.option(
     "--resume",
     metavar="FILE",
-    help="Keep what is finished in FILE, and go on from it when the same command runs again.",
+    help="Keep what is finished in FILE (windows, tasks, configurations), and go on from it when the command "
+    "runs again.",
 )
 
 common_options = _stacked(

@@ -63,7 +63,8 @@ _RULE: Final = frozenset(
     "-k",
     "--top-k",
     type=Budgets(),
-    help="K to measure; the first is the one whose cost, speed and mass are shown.  "
+    help="K to measure; the first is the one whose cost and mass are shown, and whose speed at every "
+    "length; the others are timed at --context tokens.  "
     "[default: the configuration's, and 16, 64, 256]",
 )
 @click.option("--context", type=int, default=2048, show_default=True, help="Tokens to measure quality on.")
@@ -215,8 +216,11 @@ def _commands(
         ctx, "eval", shown - {"min_context"}, "--engine transformers", f"--context {ctx.params['context']}",
         "--min-context 0", k,
     )  # fmt: skip
-    prompts = f"-p {','.join(map(str, lengths or []))} -n 0 -r {ctx.params['repetitions']}"
-    speed = _line(ctx, "bench", shown, prompts, f"-k 0,{budgets[0]}" if budgets else "")
+    context = ctx.params["context"]
+    speed = " && ".join(
+        _line(ctx, "bench", shown, f"-p {p} -n 0 -r {ctx.params['repetitions']}", f"-k 0,{ks}" if ks else "")
+        for p, ks in _timed(lengths or [], context, budgets)
+    )
     read = _line(ctx, "report", {*shown, "records"})
     return {
         "web": sentence,
@@ -225,6 +229,13 @@ def _commands(
         "bench": read if "bench" in found.files else speed,
         "tune": read if "tune" in found.files else evaluation,
     }
+
+
+def _timed(lengths: list[int], context: int, budgets: list[str]) -> list[tuple[str, str]]:
+    """Prompt lengths and the K timed at them: all at the context, elsewhere the first."""
+    others = ",".join(str(n) for n in lengths if n != context)
+    tests = [(others, ",".join(budgets[:1]))] if others else []
+    return [*tests, (str(context), ",".join(budgets))] if context in lengths else tests
 
 
 def _line(ctx: click.Context, command: str, names: set[str], *more: str) -> str:

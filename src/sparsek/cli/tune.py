@@ -37,8 +37,8 @@ COLUMNS: Final[list[Column]] = [
     ("keys", lambda p: f"{p.keys:.0f}"),
     ("KL", lambda p: with_error(p.kl, p.kl_se)),
     ("ppl ratio", lambda p: with_error(p.ppl_ratio, p.ppl_ratio_se)),
-    ("speed-up", lambda p: "" if p.speedup is None else f"{p.speedup:.2f}"),
 ]
+SPEED: Final[Column] = ("speed-up", lambda p: f"{p.speedup:.2f}")
 
 
 @click.command("tune")
@@ -81,16 +81,17 @@ def command(
     """The cheapest configuration that meets a target: K by layer, dense layers, sinks, window.
 
     It measures what each layer loses when it keeps few keys, spends the keys where they gain most, and says
-    what the answer costs on text that it was not tuned on. The configuration goes into --config of every
-    command, into SparseKConfig.from_json and into annotate. Cost is the number of keys that a query attends
-    to, a mean over all layers and rows.
+    what the answer costs on text that it was not tuned on. A configuration meets the target when it does so
+    with a standard error to spare; every fourth token is predicted. Cost is the number of keys that a query
+    attends to, a mean over all layers and rows. The configuration goes into --config of every command, and
+    its text into SparseKConfig.from_json.
 
     \b
     Examples:
       sparsek tune --max-kl 0.01 -o config.json
       sparsek tune -m model.gguf --text book.txt --max-ppl-ratio 1.01 -o config.json --resume tune.jsonl
       sparsek tune --context 8000 --min-speedup 1.5 -o config.json
-      sparsek eval --config config.json
+      sparsek eval --engine transformers --config config.json
     """
     from ..bench.text import read_text
     from ..evaluate.journal import Journal
@@ -120,7 +121,7 @@ def command(
             say,
         )
         record = tuner.tune()
-    write_table(tuner.points, COLUMNS)
+    write_table(tuner.points, COLUMNS if min_speedup is None else [*COLUMNS, SPEED])
     config = SparseKConfig.from_dict(record.config)
     click.echo(f"\n{_summary(record)}")
     if output is not None:
@@ -145,9 +146,11 @@ def _summary(record: Any) -> str:
     tuned, held = record.tuned, record.held
     lines = [
         f"{record.target}: {tuned['keys']:.0f} keys a query",
-        f"  tuned on   KL {tuned['kl']:.4f}, perplexity ratio {tuned['ppl_ratio']:.4f}"
+        f"  tuned on   KL {with_error(tuned['kl'], tuned['kl_se'])}, perplexity ratio "
+        f"{with_error(tuned['ppl_ratio'], tuned['ppl_ratio_se'])}"
         + ("" if tuned["speedup"] is None else f", speed-up {tuned['speedup']:.2f}"),
-        f"  held back  KL {held['kl_mean']:.4f}, perplexity ratio {held['ppl_ratio']:.4f}"
+        f"  held back  KL {with_error(held['kl_mean'], held['kl_se'])}, perplexity ratio "
+        f"{with_error(held['ppl_ratio'], held['ppl_ratio_se'])}"
         + ("" if record.met_held is None else f": the target is {'' if record.met_held else 'not '}met"),
     ]
     if record.uniform is not None:
@@ -156,4 +159,6 @@ def _summary(record: Any) -> str:
             f"  one K      {budget_range(uniform['config']['top_k'])} in every layer needs "
             f"{uniform['keys']:.0f} keys: {record.saved:.0%} saved"
         )
+    if record.met_held is False:
+        lines.append("To be on the safe side, tune for a stricter target, or on a longer --context.")
     return "\n".join(lines)

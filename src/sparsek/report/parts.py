@@ -91,8 +91,8 @@ def _scores(m: Material) -> Part:
     a = m.attention
     text = (
         "A score is the product of a query and a key, and the softmax makes weights of a row of them. "
-        f"Dots mark the {a.config.top_k} best keys of each row, which Sparse-K keeps for their score; "
-        "squares mark those that it keeps whatever their score is."
+        "Squares mark the keys that Sparse-K keeps whatever their score is; dots mark the "
+        f"{a.config.top_k} best of the others in each row."
     )
     return Part("scores", "The scores, and the best of each row", text, [sentence_figures.scores(a)],
                 command=_of(m, "web"))  # fmt: skip
@@ -143,7 +143,7 @@ def _speed(m: Material) -> Part:
             r["engine"],
             f"{r['n_prompt']:,}",
             f"dense ({r['backend']})" if r["config"] is None else budget_text(r),
-            f"{r['avg_ts']:.1f} ± {r['stddev_ts']:.1f}",
+            f"{r['avg_ts']:.1f}" + (f" ± {r['stddev_ts']:.1f}" if len(r.get("samples_ns", [])) > 1 else ""),
             "" if r["speedup"] is None else f"{r['speedup']:.2f}",
             str(len(r.get("samples_ns", [])) or ""),
         ]
