@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from sparsek import SparseKConfig
 from sparsek.bench.attention_call import AttentionRecord
 from sparsek.bench.model import BenchRecord
 from sparsek.cli import COMMANDS, main
+from sparsek.engines.model_file import embedded_model
 from sparsek.evaluate.quality import EvalRecord
 
 from .conftest import Sparsek
@@ -238,13 +240,40 @@ def test_eval_of_sparse_in_one_part(sparsek: Sparsek, where: str) -> None:
 
 
 @pytest.mark.model
+def test_eval_does_not_resume_with_another_model_of_the_same_name(
+    sparsek: Sparsek, sparsek_fails: Sparsek, tmp_path: Path
+) -> None:
+    file, journal = tmp_path / "model.gguf", str(tmp_path / "journal")
+    shutil.copy(embedded_model(), file)
+    arguments = ["eval", "-m", str(file), "--context", "32", "-k", "8", "--resume", journal]
+    sparsek(*arguments)
+    file.write_bytes(file.read_bytes() + b"\0")
+    assert "is of other work, its model file was" in sparsek_fails(*arguments)
+
+
+def test_eval_tells_what_was_scored(sparsek: Sparsek) -> None:
+    table = sparsek("eval", "--context", "64", "--where", "prompt", "--generated", "8", "-k", "auto")
+    assert "Scored: the last 8 of 64 tokens. Sparse-K: in the prompt alone." in table
+    assert "auto (32)" in table
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = [sys.executable, "-m", "sparsek", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+
+
 def test_tune_writes_what_eval_takes(sparsek: Sparsek, tmp_path: Path) -> None:
     config, records = tmp_path / "config.json", tmp_path / "records.json"
     output = ["-o", str(config), "--records", str(records)]
-    table = sparsek("tune", "--context", "96", "--min-context", "0", "--max-kl", "0.05", *output)
+    table = sparsek("tune", "--context", "128", "--min-context", "0", "--max-kl", "0.05", *output)
     assert "KL <= 0.05" in table
     found = json.loads(records.read_text())
     assert SparseKConfig.from_json(config.read_text()).to_dict() == found["config"]
-    (record,) = json.loads(sparsek("eval", "--context", "96", "--config", str(config), "-o", "json"))
+    (record,) = json.loads(sparsek("eval", "--context", "128", "--config", str(config), "-o", "json"))
     assert record["config"] == found["config"]
     assert record["top_k"] == "per layer"

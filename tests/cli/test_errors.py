@@ -46,6 +46,13 @@ README = str(Path(__file__).parents[2] / "README.md")
         (["eval", "--retrieval", "-o", "csv"], "-o csv holds one kind of record"),
         (["eval", "--retrieval", "--context", "100"], "context = 100: retrieval needs 512 to 8192"),
         (["eval", "--dense-layers", "30"], "dense_layers = (30,): the model has the layers 0 to 29"),
+        (["eval", "--generated", "5"], "--generated needs --where prompt or --where generation"),
+        (["eval", "--text", "a\x1b[31mred"], "No such file or directory: a\\x1b[31mred"),
+        (["tune", "--max-kl", "0.1", "--context", "64"], "context = 64: must be at least 128"),
+        (["tune", "--max-kl", "0.1", "-o", "/tmp"], "this is a directory, give a file: '/tmp'"),
+        (["tune", "--max-kl", "0.1", "-o", "/tmp/c", "--records", "/tmp/c"], "two uses: '/tmp/c'"),
+        (["tune", "--max-kl", "0.1", "-o", "/tmp/c", "--resume", "/tmp/c"], "two uses: '/tmp/c'"),
+        (["tune", "--max-kl", "0.1", "-o", README, "--text", README], "this file has two uses"),
         (["tune"], "give one target: --max-kl, --max-ppl-ratio or --min-speedup"),
         (["tune", "--max-kl", "0.1", "--min-speedup", "2"], "give one target"),
         (["tune", "--max-kl", "nan"], "max_kl = nan: must be above 0"),
@@ -131,6 +138,11 @@ def test_bad_configuration_file(sparsek_fails: Sparsek, tmp_path: Path, content:
     line = sparsek_fails("run", "-p", "x", "--config", str(file))
     assert str(file) in line
     assert message in line
+
+
+def test_no_standard_input(sparsek_fails: Sparsek, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert "--text - reads standard input, and there is none" in sparsek_fails("eval", "--text", "-")
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,30 @@ def test_other_work_is_refused(tmp_path: Path) -> None:
         Journal(file, {**WORK, "context": 65})
 
 
-@pytest.mark.parametrize("content", ["a text\n", "[1]\n", '{"key": 1}\n', '{"work": {}}\n[]\n'])
+@pytest.mark.parametrize("old", ['"result": 1.5', '"key": "a"', '"checksum": "'])
+def test_a_result_that_something_else_has_changed_is_refused(tmp_path: Path, old: str) -> None:
+    file = tmp_path / "j.jsonl"
+    Journal(file, WORK).get("a", lambda: 1.5)
+    text = file.read_text()
+    assert old in text
+    file.write_text(
+        text.replace(old, old.replace("1.5", "NaN").replace('"a"', '"b"').replace('": "', '": "0'))
+    )
+    with pytest.raises(ValueError, match="or damaged"):
+        Journal(file, WORK)
+
+
+def test_what_is_no_ordinary_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/null"):
+        with pytest.raises(ValueError, match="not an ordinary file"):
+            Journal(path, WORK)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["a text\n", "[1]\n", "[" * 10_000 + "\n", '{"work": null}\n', '{"key": 1}\n', '{"work": {}}\n[]\n'],
+)
 def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "notes.txt"
     file.write_text(content)

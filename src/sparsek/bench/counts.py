@@ -7,9 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from ..config import SparseKConfig
-from ..kernels import dispatch
-from ..policy import resolve
-from ..problem import NO_VALUES, make_problem
+from ..policy import Rule, resolve
 
 
 def scores_used(
@@ -19,16 +17,17 @@ def scores_used(
     full = num_tokens * (num_tokens + 1) // 2
     kept = 0
     for layer in range(num_layers):
-        if config is None or resolve(config, num_tokens, layer=layer).keeps_all(num_tokens):
-            kept += full
-        else:
-            kept += _kept_by_one_head(config, num_tokens, layer if isinstance(config.top_k, tuple) else None)
+        rule = None if config is None else resolve(config, num_tokens, layer=layer)
+        kept += full if rule is None or rule.keeps_all(num_tokens) else _kept_by_one_head(rule, num_tokens)
     return kept * num_heads, full * num_layers * num_heads
 
 
 @lru_cache
-def _kept_by_one_head(config: SparseKConfig, num_tokens: int, layer: int | None) -> int:
-    """How many keys a row keeps does not depend on the scores: one head of size 1 is enough to count."""
-    x = np.zeros((1, 1, num_tokens, 1), dtype=np.float32)
-    problem = make_problem(x, x, NO_VALUES, config=config, is_causal=True, layer=layer)
-    return int(dispatch.select(problem).counts.sum())
+def _kept_by_one_head(rule: Rule, num_tokens: int) -> int:
+    """How many keys a row keeps does not depend on the scores."""
+    seen = np.arange(1, num_tokens + 1)  # by each row
+    sinks = np.minimum(seen, rule.sinks)
+    window = np.maximum(seen - rule.window, sinks)  # where it begins
+    strided = -(-window // rule.stride) + -sinks // rule.stride if rule.stride else 0
+    always = sinks + (seen - window) + strided
+    return int(np.minimum(seen, always + rule.top_k).sum())

@@ -19,6 +19,8 @@ def read_text(path: str | None) -> tuple[str, str]:
         from pydoc_data.topics import topics
 
         return DEFAULT_NAME, "\n".join(topics.values())
+    if path == "-" and sys.stdin is None:
+        raise ValueError("--text - reads standard input, and there is none")
     data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     name = "standard input" if path == "-" else Path(path).name
     try:

@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         print("sparsek: interrupted", file=sys.stderr)
         return _INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away
+    except SystemExit:  # click's answer when the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -107,7 +107,8 @@ def _message(error: Exception) -> str:
 
 
 def _fail(message: str) -> int:
-    line = " ".join(message.split())
+    words = " ".join(message.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     if len(line) > _LONGEST_MESSAGE:
         line = f"{line[: _LONGEST_MESSAGE - 3]}..."
     print(f"sparsek: {line}", file=sys.stderr)

@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 
 from ..config import TopK
+from ..engines.model_file import find_model
 from ..policy import auto_top_k
 from ..report.tables import with_error
 from .options import (
@@ -147,7 +148,9 @@ def command(
     planned.check(opened)
     if retrieval:
         check_context(opened, context)
-    journal = Journal.of(resume, opened, words, context=context, generated=generated, seed=seed)
+    journal = Journal.of(
+        resume, opened, find_model(model), words, context=context, generated=generated, seed=seed
+    )
     total = quality.passes(configs, windows + (len(TASKS) if retrieval else 0))
     found: list[RetrievalRecord] = []
     with progress("eval", total * context) as advance:

@@ -162,15 +162,23 @@ def note_dense(configs: Sequence[SparseKConfig | None], contexts: Sequence[int])
         )
 
 
-def check_folders(*places: str | None) -> None:
-    """Where something is to be written, its folder must be there: said before the work, not after it.
+def check_outputs(*files: str | None, inputs: Sequence[str | None] = ()) -> None:
+    """Files that are to be written can be, and are neither each other nor an input: said before the work.
 
     Raises:
-        click.UsageError: it is not.
+        click.UsageError: one cannot, or is.
     """
-    for place in places:
-        if place is not None and not Path(place).parent.is_dir():
-            raise click.UsageError(f"no such directory: {str(Path(place).parent)!r}")
+    taken = [Path(file).resolve() for file in inputs if file]
+    for file in files:
+        if file is None:
+            continue
+        if not file or Path(file).is_dir():
+            raise click.UsageError(f"this is a directory, give a file: {file!r}")
+        if not Path(file).parent.is_dir():
+            raise click.UsageError(f"no such directory: {str(Path(file).parent)!r}")
+        if Path(file).resolve() in taken:
+            raise click.UsageError(f"this file has two uses: {file!r}")
+        taken.append(Path(file).resolve())
 
 
 def load(engine: str | None, model: str | None, threads: int | None, **options: Any) -> Engine:

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -51,6 +52,14 @@ def _write_csv(rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     for row in rows:
         writer.writerow({k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in row.items()})
+
+
+def write_file(path: str, text: str) -> None:
+    """UTF-8. Raises OSError that names the path, whatever goes wrong."""
+    try:
+        Path(path).write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
 
 
 def status(text: str) -> contextlib.AbstractContextManager[object]:

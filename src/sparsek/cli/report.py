@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..engines.base import default_engine
 from .options import (
     Budgets,
     Counts,
-    check_folders,
+    check_outputs,
     common_options,
     load,
     make_config,
@@ -25,7 +26,7 @@ from .options import (
     text_option,
     use_threads,
 )
-from .output import progress
+from .output import progress, write_file
 
 if TYPE_CHECKING:
     from ..report.records import Records
@@ -110,6 +111,8 @@ def command(
       sparsek tune --max-kl 0.01 --records tune.json && sparsek report --records tune.json
       sparsek bench -p 512,8000 -n 0 -o json > bench.json && sparsek report --records bench.json
     """
+    if sentence.encode(errors="replace").decode() != sentence:
+        raise click.UsageError(f"--sentence is not UTF-8 text: {sentence!r}")
     if find_spec("matplotlib") is None:
         raise ImportError("the pictures need matplotlib: pip install 'sparsek[report]'")
     from ..bench.environment import environment
@@ -123,13 +126,16 @@ def command(
     from ..report.tensors import capture, small_rule
 
     ctx = click.get_current_context()
-    _check_places(output, images)
+    _check_places(output, images, (text, model, rule["config_file"], *records))
     _configs(top_k, None, rule)  # what is wrong in them shows before the model is loaded
     found = read_records(list(records))
     name, words = read_text(text)
     engine = load("transformers", model, threads)
     configs = _configs(top_k, engine.model_config, rule)
     configs[0].check_layers(engine.num_layers)
+    for count in [context, *(lengths or [])]:
+        if count > engine.context_length:
+            raise ValueError(f"{count} tokens are more than the model's context of {engine.context_length}")
     with progress("attention", 1) as advance:
         small = small_rule(configs[0], sentence_k)
         attention = capture(engine, sentence, small, layer=layer, head=head)
@@ -167,7 +173,7 @@ def command(
         environment=environment(),
     )
     made = parts(material)
-    Path(output).write_text(page.page(material, made), encoding="utf-8", errors="replace")
+    write_file(output, page.page(material, made))
     click.echo(f"wrote {output}")
     if images is not None:
         Path(images).mkdir(exist_ok=True)
@@ -175,12 +181,14 @@ def command(
         click.echo(f"wrote {len(files)} pictures to {images}")
 
 
-def _check_places(output: str, images: str | None) -> None:
-    if Path(output).is_dir():
-        raise click.UsageError(f"this is a directory, give a file: {output!r}")
-    check_folders(output, images)
-    if images is not None and Path(images).exists() and not Path(images).is_dir():
+def _check_places(output: str, images: str | None, inputs: Sequence[str | None]) -> None:
+    check_outputs(output, inputs=(images, *inputs))
+    if images is None:
+        return
+    if not images or (Path(images).exists() and not Path(images).is_dir()):
         raise click.UsageError(f"this is not a directory: {images!r}")
+    if not Path(images).parent.is_dir():
+        raise click.UsageError(f"no such directory: {str(Path(images).parent)!r}")
 
 
 def _configs(

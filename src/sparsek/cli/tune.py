@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from ..config import SparseKConfig, budget_range
 from ..engines.base import ENGINES
+from ..engines.model_file import find_model
 from ..report.tables import with_error
 from .options import (
-    check_folders,
+    check_outputs,
     common_options,
     load,
     make_config,
@@ -22,7 +22,7 @@ from .options import (
     rule_options,
     text_option,
 )
-from .output import Column, progress, write_table
+from .output import Column, progress, write_file, write_table
 
 if TYPE_CHECKING:
     from ..evaluate.tune import Point
@@ -100,12 +100,12 @@ def command(
 
     target = _target(max_kl, max_ppl_ratio, min_speedup)
     make_config(None, **rule)  # what is wrong in it shows before the model is loaded
-    check_folders(output, records)
+    check_outputs(output, records, resume, inputs=(text, model, rule["config_file"]))
     name, words = read_text(text)
     opened = load(engine, model, threads)
     form = make_config(opened.model_config, **rule)
     kind = "speed" if min_speedup is not None else "quality"
-    journal = Journal.of(resume, opened, words, context=context, target=kind)
+    journal = Journal.of(resume, opened, find_model(model), words, context=context, target=kind)
     with progress("tune", steps(opened)) as advance:
 
         def say(_: Point) -> None:
@@ -124,13 +124,12 @@ def command(
     write_table(tuner.points, COLUMNS if min_speedup is None else [*COLUMNS, SPEED])
     config = SparseKConfig.from_dict(record.config)
     click.echo(f"\n{_summary(record)}")
-    if output is not None:
-        Path(output).write_text(config.to_json(indent=2) + "\n", encoding="utf-8")
-        click.echo(f"\nwrote {output}")
-    else:
-        click.echo(f"\n{config.to_json()}")
+    click.echo(f"\n{config.to_json()}")  # whatever becomes of the files
     if records is not None:
-        Path(records).write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")
+        write_file(records, json.dumps(asdict(record)) + "\n")
+    if output is not None:
+        write_file(output, config.to_json(indent=2) + "\n")
+        click.echo(f"\nwrote {output}")
 
 
 def _target(max_kl: float | None, max_ppl_ratio: float | None, min_speedup: float | None) -> Any:

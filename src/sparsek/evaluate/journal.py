@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.base import Engine
+from ..engines.model_file import fingerprint
 
 
 class Journal:
     """Results by key, appended to a file as they come. The first line says which work they belong to.
 
-    A last line that an interruption cut short is dropped. Without a path nothing is kept.
+    A last line that an interruption cut short is dropped. Each result carries a checksum: a file that
+    something else has changed is refused. Without a path nothing is kept.
     """
 
     def __init__(self, path: str | Path | None, work: dict[str, Any]) -> None:
@@ -28,17 +30,23 @@ class Journal:
         self._found: dict[str, Any] = {}
         if self._path is None:
             return
+        if self._path.exists() and not self._path.is_file():
+            raise ValueError(f"not an ordinary file: {path}")
         if self._path.exists() and self._path.stat().st_size:
             self._read(self._path, work)
         else:
             self._path.write_text(json.dumps({"work": work}) + "\n", encoding="utf-8")
 
     @classmethod
-    def of(cls, path: str | Path | None, engine: Engine, text: str, **more: Any) -> Journal:
-        """Of work on this engine's model and this text, with what else its results depend on. Raises as
-        the constructor."""
-        model = {"model": engine.model, "engine": f"{engine.name} {engine.version}"}
-        return cls(path, {**model, "text": _fingerprint(text), **more})
+    def of(cls, path: str | Path | None, engine: Engine, model: Path, text: str, **more: Any) -> Journal:
+        """Of work on this engine with the model at `model` and this text, with what else its results depend
+        on. Raises as the constructor."""
+        opened = {
+            "engine": f"{engine.name} {engine.version}",
+            "model": engine.model,
+            "model file": fingerprint(model),
+        }
+        return cls(path, {**opened, "text": _checksum(text), **more})
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
         """The result of `key`; made, and kept, where there is none yet. Results are JSON types."""
@@ -46,7 +54,8 @@ class Journal:
             result = make()
             if self._path is not None:
                 with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "result": result}) + "\n")
+                    line = {"key": key, "result": result, "checksum": _checksum(key, result)}
+                    file.write(json.dumps(line) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
             self._found[key] = result
@@ -60,10 +69,13 @@ class Journal:
         whole = data[: data.rfind(b"\n") + 1]
         try:
             first, *lines = (json.loads(line) for line in whole.splitlines())
-            kept = first["work"]
+            kept = dict(first["work"])
             self._found = {line["key"]: line["result"] for line in lines}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"not a file to resume from: {path}") from error
+            damaged = any(line["checksum"] != _checksum(line["key"], line["result"]) for line in lines)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged = True
+        if damaged:
+            raise ValueError(f"not a file to resume from, or damaged: {path}")
         changed = [name for name in work if kept.get(name) != work[name]]
         if changed:
             name = changed[0]
@@ -76,5 +88,5 @@ class Journal:
                 file.truncate(len(whole))
 
 
-def _fingerprint(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+def _checksum(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]

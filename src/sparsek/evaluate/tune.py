@@ -35,6 +35,7 @@ _UNIFORM: Final = tuple(k for k in BUDGETS if k >= 8)
 _FORMS: Final = ((4, 32), (4, 16), (1, 16), (1, 8))  # sinks and windows tried beside the given one
 _EVERY: Final = 4  # tokens of the tuning text that are predicted: one in so many
 _SEGMENT: Final = 16  # predicted tokens that make one sample of the standard error
+_LEAST_CONTEXT: Final = 2 * _EVERY * _SEGMENT  # one sample has no standard error
 _ALONE: Final = 8  # K at which a layer's own cost is measured
 _STEPS: Final = 7  # of each bisection
 _MARGIN: Final = 1.0  # standard errors by which the tuning text must do better than the target
@@ -133,6 +134,10 @@ class Tuner:
             ValueError: the text is too short; the context is below `form.min_context`; or no configuration
                 meets the target, with the best that was found.
         """
+        if self.windows.context < _LEAST_CONTEXT:
+            raise ValueError(
+                f"context = {self.windows.context}: must be at least {_LEAST_CONTEXT} tokens to tune on"
+            )
         replace(self.windows, count=2).check(self.engine)
         if self.windows.context < self.form.min_context:
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -63,6 +62,15 @@ _FIELDS: Final[dict[str, dict[str, Any]]] = {
 }
 # Fields that records of earlier versions lack, and what stands for them.
 _LATER: Final[dict[str, Any]] = {"where": "all", "ppl_ratio_se": None, "kl_se": None, "mass": []}
+# Bounds of numbers; those of the others are 0 and _MOST.
+_MOST: Final = 1e12
+_MOST_TOKENS: Final = 1 << 24
+_BOUNDS: Final = {
+    "context": (1, _MOST_TOKENS),
+    **dict.fromkeys(("n_prompt", "n_gen", "n_depth"), (0, _MOST_TOKENS)),
+    **dict.fromkeys(("kl_mean", "kl"), (-1, _MOST)),  # rounding makes a mean of nothing negative
+}
+_MAY_BE: Final[dict[str, Any]] = {"same_top": _POSSIBLE, "samples_ns": list}  # checked where they are
 _SIGNS: Final = {"bench": "avg_ts", "eval": "kl_mean", "tune": "frontier"}  # a field that no other kind has
 _POINT: Final[dict[str, Any]] = {
     "step": str,
@@ -99,7 +107,10 @@ def read_records(files: list[str]) -> Records:
                 continue
             where = f"{file}, record {number}"
             kind = _kind(record, where)
-            record = shown_all((_LATER if kind == "eval" else {}) | record)
+            try:
+                record = shown_all((_LATER if kind == "eval" else {}) | record)
+            except RecursionError:
+                raise ValueError(f"{where}: it is nested too deeply") from None
             _check(record, kind, where)
             getattr(found, kind).append(record)
             names = found.files.setdefault(kind, [])
@@ -174,13 +185,18 @@ def _check(record: Record, kind: str, where: str) -> None:
 
 
 def _check_fields(holder: Record, wanted: dict[str, Any], where: str) -> None:
-    for name, types in wanted.items():
+    for name, types in (wanted | {n: t for n, t in _MAY_BE.items() if n in holder}).items():
         if name not in holder:
             raise ValueError(f"{where}: the field {name!r} is missing")
         value = holder[name]
+        low, high = _BOUNDS.get(name, (0, _MOST))
         good = isinstance(value, types) and not isinstance(value, bool)
-        if not good or (isinstance(value, float) and not math.isfinite(value)):
-            raise ValueError(f"{where}: {name} = {value!r} is not what this field holds")
+        if isinstance(value, _NUMBER):
+            good = good and low <= value <= high
+        if name == "top_k" and isinstance(value, str):
+            good = value in ("auto", "per layer")
+        if not good:
+            raise ValueError(f"{where}: {name} = {str(value)[:60]!r} is not what this field holds")
 
 
 def _check_mass(mass: list[Any], where: str) -> None:
@@ -189,8 +205,8 @@ def _check_mass(mass: list[Any], where: str) -> None:
         isinstance(row, list)
         and len(row) == len(rows[0])
         and row
-        and all(isinstance(x, _NUMBER) and not isinstance(x, bool) for x in row)
+        and all(isinstance(x, _NUMBER) and not isinstance(x, bool) and 0 <= x <= 1.001 for x in row)
         for row in rows
     )
     if not fine:
-        raise ValueError(f"{where} (of eval): mass is not one list of numbers per layer")
+        raise ValueError(f"{where} (of eval): mass is not one list of numbers from 0 to 1 per layer")
