@@ -33,6 +33,7 @@ COLUMNS: Final[list[Column]] = [
     ("K", lambda p: budget_range(p.config["top_k"])),
     ("sinks", lambda p: str(p.config["sinks"])),
     ("window", lambda p: str(p.config["window"])),
+    ("tail", lambda p: p.config["tail"]),
     ("dense layers", lambda p: str(len(p.config["dense_layers"]))),
     ("keys", lambda p: f"{p.keys:.0f}"),
     ("KL", lambda p: with_error(p.kl, p.kl_se)),
@@ -78,7 +79,7 @@ def command(
     debug: bool,  # noqa: ARG001
     **rule: Any,
 ) -> None:
-    """The cheapest configuration that meets a target: K by layer, dense layers, sinks, window.
+    """The cheapest configuration that meets a target: K by layer, dense layers, sinks, window, tail.
 
     It measures what each layer loses when it keeps few keys, spends the keys where they gain most, and says
     what the answer costs on text that it was not tuned on. A configuration meets the target when it does so

@@ -4,7 +4,7 @@ Cost is the number of keys a query attends to, a mean over all layers and rows (
 Four steps, each on the tuning text alone:
 
 1. One K for all layers: the smallest that meets the target, which is what there is to beat.
-2. The form: other sinks and windows at the same number of keys.
+2. The form: other sinks and windows at the same number of keys, and the other tail.
 3. Each layer: what it alone costs when it keeps little, and how its dropped mass falls with K.
 4. K by layer, so that every key is spent where it gains most: one price for all layers, bisected until what
    is measured meets the target.
@@ -24,7 +24,7 @@ import torch
 from ..bench.counts import scores_used
 from ..bench.environment import environment
 from ..bench.timing import alternate, ratio
-from ..config import SparseKConfig, TopK
+from ..config import SparseKConfig, Tail, TopK
 from ..engines.base import Engine, Part
 from .journal import Journal
 from .quality import EvalRecord, Windows, compare, evaluate, standard_error
@@ -33,6 +33,7 @@ from .sensitivity import DroppedMass, dropped_mass
 BUDGETS: Final = (0, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _UNIFORM: Final = tuple(k for k in BUDGETS if k >= 8)
 _FORMS: Final = ((4, 32), (4, 16), (1, 16), (1, 8))  # sinks and windows tried beside the given one
+_OTHER_TAIL: Final[dict[Tail, Tail]] = {"none": "centroid", "centroid": "none"}
 _EVERY: Final = 4  # tokens of the tuning text that are predicted: one in so many
 _SEGMENT: Final = 16  # predicted tokens that make one sample of the standard error
 _LEAST_CONTEXT: Final = 2 * _EVERY * _SEGMENT  # one sample has no standard error
@@ -187,7 +188,7 @@ class Tuner:
         return point(low)
 
     def _best_form(self, uniform: Point) -> SparseKConfig:
-        """Other sinks and windows, with as many keys; the one of least KL."""
+        """Other sinks and windows, with as many keys, and the other tail; the one of least KL."""
         start = SparseKConfig.from_dict(uniform.config)
         assert isinstance(start.top_k, int)
         room = start.top_k + start.sinks + start.window
@@ -196,6 +197,7 @@ class Tuner:
             if room - sinks - window > 0:
                 config = replace(start, sinks=sinks, window=window, top_k=room - sinks - window)
                 found.append(self._measure("form", config))
+        found.append(self._measure("form", replace(start, tail=_OTHER_TAIL[start.tail])))
         best = min(found, key=lambda p: p.kl)
         return SparseKConfig.from_dict(best.config)
 
@@ -277,7 +279,7 @@ class Tuner:
         points = []
         for p in self.points:
             config = SparseKConfig.from_dict(p.config)
-            same = (config.sinks, config.window) == (form.sinks, form.window)
+            same = (config.sinks, config.window, config.tail) == (form.sinks, form.window, form.tail)
             if same and isinstance(config.top_k, int) and p.kl > 0:
                 points.append((config, p.kl))
         if not points:
@@ -403,4 +405,4 @@ def _modelled(alone: float, curve: DroppedMass, budget: int, power: float) -> fl
 
 def steps(engine: Engine) -> int:
     """About how many points a run measures."""
-    return math.ceil(math.log2(len(_UNIFORM))) + len(_FORMS) + engine.num_layers + _STEPS
+    return math.ceil(math.log2(len(_UNIFORM))) + len(_FORMS) + 1 + engine.num_layers + _STEPS

@@ -26,7 +26,7 @@ _LEAST_KL: Final = 1e-6  # rounding makes a mean of nothing negative; a logarith
 _STEPS: Final = {
     "eval": ("o", palette.SPARSE, "Sparse-K"),
     "one K": ("s", palette.THIRD, "tuning: one K"),
-    "form": ("^", palette.DENSE, "tuning: other sinks and windows"),
+    "form": ("^", palette.DENSE, "tuning: other forms"),
     "K by layer": ("D", palette.FOURTH, "tuning: K by layer"),
     "answer": ("*", palette.INK, "tuning: the answer"),
 }
