@@ -58,7 +58,9 @@ void set(Settings* s, const std::string& field, const std::string& text) {
         s->stride = number(field, text);
     } else if (field == "min_context") {
         s->min_context = number(field, text);
-    } else if (field != "check_finite") {
+    } else if (field == "select") {
+        if (text != "query") refuse(field, "'" + text + "'", "query: tiles are for GPUs");
+    } else if (field != "check_finite" && field != "tile") {
         throw std::invalid_argument(
             "there is no field '" + field +
             "': known are top_k, sinks, window, stride, tail, dense_layers, min_context");

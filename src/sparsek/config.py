@@ -13,8 +13,11 @@ from typing import Any, Final, Literal, get_args
 
 TopK = int | Literal["auto"]
 Tail = Literal["none", "centroid"]
+Select = Literal["query", "tile"]
 
 _TAILS: Final = get_args(Tail)
+_SELECTS: Final = get_args(Select)
+_TILES: Final = (32, 64)
 _INT32_MAX: Final = 2**31 - 1
 _GGUF_PREFIX: Final = "sparsek."
 
@@ -30,6 +33,9 @@ class SparseKConfig:
         window: the last `window` allowed positions up to the query's own are always kept.
         stride: positions that are multiples of `stride` are always kept; 0 keeps none.
         tail: "centroid" adds one estimated term per block of 64 keys for what was dropped; "none" drops it.
+        select: "query" chooses the `top_k` keys for each query alone; "tile" one list of `top_k` keys for a
+            tile of neighbouring queries and all heads that share a key head, which GPUs are fast at.
+        tile: queries of a tile, 32 or 64.
         dense_layers: layers (counted from 0) that keep everything.
         min_context: contexts shorter than this (in tokens) keep everything.
         check_finite: look for NaN and infinity in the inputs, and fail if there are any.
@@ -44,6 +50,8 @@ class SparseKConfig:
     window: int = 16
     stride: int = 0
     tail: Tail = "centroid"
+    select: Select = "query"
+    tile: int = 64
     dense_layers: tuple[int, ...] = (0,)
     min_context: int = 2048
     check_finite: bool = False
@@ -54,6 +62,10 @@ class SparseKConfig:
             object.__setattr__(self, name, _checked_int(name, getattr(self, name)))
         if self.tail not in _TAILS:
             raise ValueError(f"tail = {self.tail!r}: must be one of {', '.join(map(repr, _TAILS))}")
+        if self.select not in _SELECTS:
+            raise ValueError(f"select = {self.select!r}: must be one of {', '.join(map(repr, _SELECTS))}")
+        if self.tile not in _TILES or isinstance(self.tile, bool):
+            raise ValueError(f"tile = {self.tile!r}: must be 32 or 64")
         object.__setattr__(self, "dense_layers", _checked_layers(self.dense_layers))
         if not isinstance(self.check_finite, bool):
             raise TypeError(f"check_finite = {self.check_finite!r}: must be True or False")

@@ -11,18 +11,22 @@ from .config import SparseKConfig, Tail
 
 AUTO_STEP = 16
 AUTO_MIN = 32
+_AUTO_TILE = (384, 512)  # one list for a tile; the first up to 8192 tokens
+_AUTO_TILE_SHORT = 8192
 _MAX_CONTEXT = 2**53  # what a float counts exactly
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a kernel is told for one call. `top_k >= Tk` means: keep every allowed key (dense attention)."""
+    """What a kernel is told for one call. `top_k >= Tk` means: keep every allowed key (dense attention).
+    `tile`: queries that share one list of keys; 0 where each has its own."""
 
     top_k: int
     sinks: int
     window: int
     stride: int
     tail: Tail
+    tile: int = 0
 
     def keeps_all(self, num_keys: int) -> bool:
         return self.top_k >= num_keys
@@ -30,7 +34,7 @@ class Rule:
     def max_kept(self, num_keys: int) -> int:
         """The most keys that one row can keep, of `num_keys`."""
         strided = -(-num_keys // self.stride) if self.stride else 0
-        return min(num_keys, self.top_k + self.sinks + self.window + strided)
+        return min(num_keys, self.top_k + self.sinks + self.window + self.tile + strided)
 
 
 def resolve(
@@ -58,15 +62,21 @@ def resolve(
             )
         budget = budget[layer]
     if budget == "auto":
-        budget = auto_top_k(context)
+        budget = auto_list(context) if config.select == "tile" else auto_top_k(context)
     if context < config.min_context or layer in config.dense_layers:
         budget = num_keys
-    return Rule(min(budget, num_keys), config.sinks, config.window, config.stride, config.tail)
+    tile = config.tile if config.select == "tile" else 0
+    return Rule(min(budget, num_keys), config.sinks, config.window, config.stride, config.tail, tile)
 
 
 def auto_top_k(context_length: int) -> int:
     """About sqrt(N): the nearest multiple of 16, and at least 32."""
     return max(AUTO_MIN, AUTO_STEP * round(math.sqrt(context_length) / AUTO_STEP))
+
+
+def auto_list(context_length: int) -> int:
+    """Keys of the list of a tile."""
+    return _AUTO_TILE[context_length > _AUTO_TILE_SHORT]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,10 @@ def _kept_by_one_head(rule: Rule, num_tokens: int) -> int:
     """How many keys a row keeps does not depend on the scores."""
     seen = np.arange(1, num_tokens + 1)  # by each row
     sinks = np.minimum(seen, rule.sinks)
-    window = np.maximum(seen - rule.window, sinks)  # where it begins
+    begin = seen - rule.window
+    if rule.tile:
+        begin = (seen - 1) // rule.tile * rule.tile - max(rule.window - 1, 0)
+    window = np.maximum(begin, sinks)  # where it begins
     strided = -(-window // rule.stride) + -sinks // rule.stride if rule.stride else 0
     always = sinks + (seen - window) + strided
     return int(np.minimum(seen, always + rule.top_k).sum())

@@ -94,6 +94,12 @@ rule_options = _stacked(
     click.option("--window", type=int, metavar="N", help="Last positions that are always kept."),
     click.option("--stride", type=int, metavar="N", help="Keep every N-th position; 0 for none."),
     click.option("--tail", type=click.Choice(["none", "centroid"]), help="Summary of what is dropped."),
+    click.option(
+        "--select",
+        type=click.Choice(["query", "tile"]),
+        help="Keys for each query alone, or one list for a tile of queries (for GPUs).",
+    ),
+    click.option("--tile", type=int, metavar="N", help="Queries of a tile: 32 or 64."),
     click.option("--dense-layers", metavar="L,...", help="Layers that keep everything, or none."),
     click.option("--min-context", type=int, metavar="N", help="Shorter contexts keep everything."),
 )

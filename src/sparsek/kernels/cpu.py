@@ -28,6 +28,8 @@ def why_not(p: Problem) -> str | None:
             return f"the inputs are on {p.q.device}"
         if _wants_gradient(p):
             return "a gradient is wanted"
+    if p.rule.tile and not p.keeps_all:
+        return "keys are chosen by tiles"
     if str(p.q.dtype).removeprefix("torch.") not in _DTYPES:
         return f"the dtype is {p.q.dtype}"
     if p.num_keys == 0:

@@ -17,9 +17,9 @@ from ..selection import Selection
 log = logging.getLogger("sparsek")
 
 # In the order in which "auto" tries them; the reference takes everything and is last.
-KERNELS: Final = ("dense", "cpu", "reference")
+KERNELS: Final = ("dense", "cpu", "triton_prefill", "reference")
 # What a user can ask for by name. Whether a call is dense is the configuration's business.
-BACKENDS: Final = ("auto", "cpu", "reference")
+BACKENDS: Final = ("auto", "cpu", "triton_prefill", "reference")
 
 
 def attention(p: Problem, backend: str = "auto") -> Array:

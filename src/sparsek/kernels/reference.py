@@ -8,9 +8,19 @@ s_ij = softcap(scale * q_i . k_j) + mask_ij and the allowed keys A_i:
     topk_i    the `top_k` best allowed keys outside always_i; equal scores: the lower position first
     S_i       their union; out_i = sum_S e^s v / sum_S e^s
 
+With `select = "tile"` the rows of a tile, which are those at positions [tT, (t+1)T), and all heads of a key
+head's group share one list and what is always kept:
+
+    always_t  the first `sinks` positions, the multiples of `stride`, the tile's own positions and, for a
+              larger window, those from tT - window + 1 on
+    list_t    the `top_k` best keys outside always_t that some row may see, by the largest share of the
+              softmax that any row gives them: max of s_ij - log-sum-exp of row i
+    S_i       what of always_t and list_t row i may see
+
 `tail = "centroid"` adds one term to both sums for each aligned block b of 64 keys that is wholly allowed:
 weight n exp(mean of s over the n dropped keys of b), value the mean of v over b. The mean is taken before
-the softcap, then capped. A row with no allowed key is zero.
+the softcap, then capped. For a tile it is the mean over all keys of b: a list that many rows share drops keys
+that are good for some of them. A row with no allowed key is zero.
 
 Queries are processed in chunks, so memory is O(chunk x Tk), never Tq x Tk. Works on NumPy arrays and torch
 tensors, in float64 or, for every smaller dtype, in float32.
@@ -92,8 +102,13 @@ def chunks(p: Problem) -> Iterator[Chunk]:
     per_row = max(1, batch * heads * p.num_keys)
     step = max(1, _CHUNK_ELEMENTS // per_row)
     k = arrays.cast(p.k, arrays.compute_dtype(p.k))
-    for start in range(0, num_queries, step):
-        yield _chunk(p, k, slice(start, min(start + step, num_queries)))
+    tile = p.rule.tile or 1
+    step = -(-step // tile) * tile
+    start = 0
+    while start < num_queries:
+        stop = start + step - (p.first_position + start) % tile  # a tile is never split
+        yield _chunk(p, k, slice(start, min(stop, num_queries)))
+        start = stop
 
 
 def _chunk(p: Problem, k: Array, rows: slice) -> Chunk:
@@ -124,7 +139,10 @@ def _chunk(p: Problem, k: Array, rows: slice) -> Chunk:
             bias = arrays.narrow(mask, k.dtype)
             allowed = allowed & (bias > -xp.inf)
             scores = scores + bias
-    kept = _kept(p, scores, allowed, reachable, key)
+    if p.rule.tile:
+        kept = _kept_by_tiles(p, scores, allowed, rows, key)
+    else:
+        kept = _kept(p, scores, allowed, reachable, key)
     return Chunk(rows, raw, scores, bias, allowed, kept)
 
 
@@ -140,6 +158,41 @@ def _kept(p: Problem, scores: Array, allowed: Array, reachable: Array, key: Arra
     if rule.stride:
         always = always | (allowed & (key % rule.stride == 0))
     return always | _top_k(scores, allowed & ~always, rule.top_k)
+
+
+def _kept_by_tiles(p: Problem, scores: Array, allowed: Array, rows: slice, key: Array) -> Array:
+    """S_i = what of always_t u list_t row i may see, as a boolean matrix of the shape of `scores`."""
+    xp = arrays.namespace(scores)
+    allowed = xp.broadcast_to(allowed, scores.shape)
+    if p.keeps_all:
+        return allowed
+    rule = p.rule
+    share = _log_share(scores, allowed)
+    kept = arrays.full(scores.shape, False, xp.bool, scores)
+    start, num_rows = 0, scores.shape[3]
+    while start < num_rows:
+        position = p.first_position + rows.start + start
+        tile = slice(start, min(num_rows, start + rule.tile - position % rule.tile))
+        begin = position // rule.tile * rule.tile
+        always = (key < rule.sinks) | (key > begin - max(rule.window, 1))
+        if rule.stride:
+            always = always | (key % rule.stride == 0)
+        seen = allowed[:, :, :, tile]
+        best = xp.amax(share[:, :, :, tile], (2, 3))
+        chosen = always | _top_k(best, seen.any(3).any(2) & ~always, rule.top_k)
+        kept[:, :, :, tile] = seen & chosen[:, :, None, None]
+        start = tile.stop
+    return kept
+
+
+def _log_share(scores: Array, allowed: Array) -> Array:
+    """log of the softmax over the allowed keys; -inf elsewhere."""
+    xp = arrays.namespace(scores)
+    scores = xp.where(allowed, scores, -xp.inf)
+    peak = xp.amax(scores, -1)[..., None]
+    peak = xp.where(peak == -xp.inf, 0, peak)
+    total = xp.sum(xp.exp(scores - peak), -1)[..., None]
+    return scores - peak - xp.log(xp.where(total == 0, 1, total))
 
 
 def _top_k(scores: Array, candidates: Array, top_k: int) -> Array:
@@ -185,23 +238,25 @@ def _attend(p: Problem, chunk: Chunk, v: Array) -> Array:
 
 
 def _tail(p: Problem, chunk: Chunk, v: Array) -> tuple[Array, Array]:
-    """One logit per row and block, log n + mean score of the n dropped keys: [B, Hkv, G, R, Tk/64];
-    and the blocks' mean values [B, Hkv, Tk/64, Dv]."""
+    """One logit per row and block, log n + mean score of the n dropped keys (for tiles: of all keys):
+    [B, Hkv, G, R, Tk/64]; and the blocks' mean values [B, Hkv, Tk/64, Dv]."""
     xp = arrays.namespace(v)
     num_blocks = v.shape[2] // BLOCK
 
     def blocks(x: Array) -> Array:
         return x[..., : num_blocks * BLOCK].reshape(*x.shape[:-1], num_blocks, BLOCK)
 
-    def mean_of_dropped(x: Array) -> Array:
+    def mean_score(x: Array) -> Array:
+        if p.rule.tile:
+            return blocks(x).mean(-1)
         return xp.sum(xp.where(dropped, blocks(x), 0), -1) / xp.where(count == 0, 1, count)
 
     allowed = blocks(chunk.allowed)
     dropped = allowed & ~blocks(chunk.kept)
     count = arrays.cast(xp.sum(dropped, -1), v.dtype)
-    mean = _softcap(mean_of_dropped(chunk.raw), p.softcap)
+    mean = _softcap(mean_score(chunk.raw), p.softcap)
     if chunk.bias is not None:
-        mean = mean + mean_of_dropped(chunk.bias)
+        mean = mean + mean_score(chunk.bias)
     summarised = allowed.all(-1) & (count > 0)
     logits = xp.where(summarised, mean + xp.log(xp.where(count == 0, 1, count)), -xp.inf)
     centroids = v[:, :, : num_blocks * BLOCK].reshape(*v.shape[:2], num_blocks, BLOCK, v.shape[3]).mean(3)

@@ -179,6 +179,7 @@ def rule_words(config: dict[str, Any] | SparseKConfig | None) -> str:
         f"{c.sinks} sink{'s' if c.sinks > 1 else ''}" if c.sinks else "",
         f"window {c.window}" if c.window else "",
         f"stride {c.stride}" if c.stride else "",
+        f"tiles of {c.tile}" if c.select == "tile" else "",
         "centroid tail" if c.tail == "centroid" else "",
         f"{len(c.dense_layers)} dense layer{'s' if len(c.dense_layers) > 1 else ''}"
         if c.dense_layers

@@ -1,0 +1,379 @@
+"""The GPU passes of `triton_prefill`, in Triton. Shapes and the order of the passes are described there.
+
+Columns: a program that works on query rows has those of `TQ` positions and of all heads of one key head's
+group at once; column c is position c % TQ and head c // TQ, where heads are padded to a power of two.
+Scores are in base 2: scale * log2(e) * q.k, so that exp2 and log2 do for exp and log.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+BLOCK: tl.constexpr = tl.constexpr(64)  # keys of a centroid
+LIMIT: tl.constexpr = tl.constexpr(448.0)  # largest number of float8 e4m3
+FLOOR: tl.constexpr = tl.constexpr(-32768)  # below every score, as `_ordered` has them
+NOTHING: tl.constexpr = tl.constexpr(-1e30)
+
+
+# ---- Keys in few bits, and the means of blocks
+
+
+@triton.jit
+def prepare(
+    k, v, low, k_mean, low_mean, v_mean, unit,
+    k_batch, k_head, k_token, v_batch, v_head, v_token, kv_heads, num_keys, padded, num_blocks,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCKS blocks: the keys, centred, in the low-precision type; the means of keys and of values.
+
+    The centre and the unit are those of 64 sampled keys. Centring adds the same to all scores of a row.
+    """
+    ROWS: tl.constexpr = BLOCK * BLOCKS
+    part, which = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    d, dv = tl.arange(0, BD), tl.arange(0, BDV)
+    k += which // kv_heads * k_batch + which % kv_heads * k_head
+    v += which // kv_heads * v_batch + which % kv_heads * v_head
+    at = tl.arange(0, 64).to(tl.int64) * num_keys // 64
+    sample = tl.load(k + at[:, None] * k_token + d[None, :], mask=(d < D)[None, :], other=0).to(tl.float32)
+    centre = tl.sum(sample, 0) / 64
+    largest = tl.max(tl.max(tl.abs(sample - centre[None, :]), 1), 0)
+    scale = LIMIT / 4 / tl.maximum(largest, 1e-20)  # there is room for keys 4 times as large
+    if part == 0:
+        tl.store(unit + which, scale)
+    rows = part.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    b = part * BLOCKS + tl.arange(0, BLOCKS)
+    inside = (rows < num_keys)[:, None]
+    x = tl.load(k + rows[:, None] * k_token + d[None, :], mask=inside & (d < D)[None, :], other=0)
+    x = x.to(tl.float32)
+    y = tl.clamp((x - centre[None, :]) * scale, -LIMIT, LIMIT)
+    tl.store(low + (which * padded + rows[:, None]) * BD + d[None, :], y.to(low.dtype.element_ty))
+    mean = tl.sum(tl.reshape(x, [BLOCKS, BLOCK, BD]), 1) / BLOCK
+    y = tl.clamp((mean - centre[None, :]) * scale, -LIMIT, LIMIT)
+    at_block = which * (padded // BLOCK) + b[:, None]
+    tl.store(low_mean + at_block * BD + d[None, :], y.to(low.dtype.element_ty))
+    whole = (b < num_blocks)[:, None]
+    at_block = which * num_blocks + b[:, None]
+    tl.store(
+        k_mean + at_block * D + d[None, :], mean.to(k_mean.dtype.element_ty), mask=whole & (d < D)[None, :]
+    )
+    y = tl.load(v + rows[:, None] * v_token + dv[None, :], mask=inside & (dv < DV)[None, :], other=0)
+    mean = tl.sum(tl.reshape(y.to(tl.float32), [BLOCKS, BLOCK, BDV]), 1) / BLOCK
+    tl.store(
+        v_mean + at_block * DV + dv[None, :],
+        mean.to(v_mean.dtype.element_ty),
+        mask=whole & (dv < DV)[None, :],
+    )
+
+
+@triton.jit
+def _queries(
+    q, which, start, q_batch, q_head, q_token, kv_heads, first, num_queries,
+    G: tl.constexpr, TQ: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The query rows at positions [start, start + TQ): [columns, BD], their positions, and which exist."""
+    c = tl.arange(0, TQ * GP)
+    position, head = start + c % TQ, c // TQ
+    row = position - first
+    exists = (row >= 0) & (row < num_queries) & (head < G)
+    d = tl.arange(0, BD)
+    at = which // kv_heads * q_batch + (which % kv_heads * G + head) * q_head + row.to(tl.int64) * q_token
+    x = tl.load(q + at[:, None] + d[None, :], mask=exists[:, None] & (d < D)[None, :], other=0)
+    return x, position, exists
+
+
+@triton.jit
+def _lowered(x, unit, which, scale, low: tl.constexpr):
+    """Queries in the low-precision type, and what makes base-2 scores of their products with keys."""
+    largest = tl.maximum(tl.max(tl.max(tl.abs(x.to(tl.float32)), 1), 0), 1e-20)
+    factor = largest / tl.load(unit + which) * (scale * LOG2E / LIMIT)
+    return (x.to(tl.float32) * (LIMIT / largest)).to(low), factor
+
+
+# ---- What a row's softmax adds up to
+
+
+@triton.jit
+def _accumulate(peak, total, scores):
+    """The running log2-sum-exp2 of rows, as its largest term and the sum relative to it."""
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    return higher, total * tl.exp2(peak - higher) + tl.sum(tl.exp2(scores - higher[:, None]), 1)
+
+
+@triton.jit
+def normalise(
+    q, low, low_mean, unit, normaliser,
+    q_batch, q_head, q_token, kv_heads, num_queries, padded, first, scale,
+    G: tl.constexpr, T: tl.constexpr, TQ: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """log2-sum-exp2 of every row, estimated: the first and the last blocks key by key, those between by
+    their means."""
+    program, which = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    start = first // T * T + program * TQ
+    x, position, exists = _queries(
+        q, which, start, q_batch, q_head, q_token, kv_heads, first, num_queries, G, TQ, GP, D, BD
+    )
+    x, factor = _lowered(x, unit, which, scale, low.dtype.element_ty)
+    d, n = tl.arange(0, BD), tl.arange(0, BN)
+    low += which * padded * BD
+    low_mean += which * (padded // BLOCK) * BD
+    means = tl.maximum((start - BLOCK + 1) // BLOCK, 1)  # blocks [1, means) are taken by their means
+    y = tl.load(low + tl.minimum(n, padded - 1)[None, :] * BD + d[:, None])
+    scores = tl.dot(x, y) * factor
+    scores = tl.where((n[None, :] <= position[:, None]) & (n < BLOCK)[None, :], scores, NOTHING)
+    peak = tl.max(scores, 1)
+    total = tl.sum(tl.exp2(scores - peak[:, None]), 1)
+    for s in range(means * BLOCK, start + TQ, BN):
+        j = s + n
+        y = tl.load(low + tl.minimum(j, padded - 1).to(tl.int64)[None, :] * BD + d[:, None])
+        scores = tl.where(j[None, :] <= position[:, None], tl.dot(x, y) * factor, NOTHING)
+        peak, total = _accumulate(peak, total, scores)
+    for s in range(0, means, BN):
+        b = s + n
+        y = tl.load(low_mean + tl.minimum(b, padded // BLOCK - 1)[None, :] * BD + d[:, None])
+        inside = ((b >= 1) & (b < means))[None, :]
+        scores = tl.where(inside, tl.dot(x, y) * factor + 6.0, NOTHING)  # log2 of BLOCK
+        peak, total = _accumulate(peak, total, scores)
+    at = (which * tl.num_programs(0) + program) * TQ * GP + tl.arange(0, TQ * GP)
+    tl.store(normaliser + at, tl.where(exists, peak + tl.log2(total), 1e30))
+
+
+# ---- The scores of keys for a tile
+
+
+@triton.jit
+def score(
+    q, low, unit, normaliser, scores, groups,
+    q_batch, q_head, q_token, kv_heads, num_queries, padded, first, slab, all_programs, scale,
+    G: tl.constexpr, T: tl.constexpr, TQ: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    WINDOW: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of each key before the window of the tile: the largest share of the softmax that any of the columns
+    gives it, as a logarithm. Keys are the rows of the product, so that the maximum over columns stays within
+    a thread and its neighbours. With GROUP, also the largest of every GROUP keys."""
+    local, which = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
+    program = slab + local
+    start = first // T * T + program * TQ
+    x, _, _ = _queries(
+        q, which, start, q_batch, q_head, q_token, kv_heads, first, num_queries, G, TQ, GP, D, BD
+    )
+    x, factor = _lowered(x, unit, which, scale, low.dtype.element_ty)
+    x = tl.trans(x)
+    c = tl.arange(0, TQ * GP)
+    shift = tl.load(normaliser + (which * all_programs + program) * TQ * GP + c) / factor
+    end = tl.maximum(start // T * T - WINDOW + 1, 0)
+    d, n = tl.arange(0, BD), tl.arange(0, BN)
+    row = which * tl.num_programs(0) + local
+    scores += row * padded
+    keys = low + which * padded * BD + n[:, None] * BD + d[None, :]
+    for s in tl.range(0, end, BN, num_stages=STAGES):
+        product = tl.dot(tl.load(keys), x)
+        best = tl.maximum(tl.max(product - shift[None, :], 1) * factor, -60000.0)
+        tl.store(scores + s + n, best.to(tl.float16))
+        if GROUP:
+            best = tl.max(tl.reshape(best, [BN // GROUP, GROUP]), 1)
+            at = row * (padded // GROUP) + s // GROUP + tl.arange(0, BN // GROUP)
+            tl.store(groups + at, best.to(tl.float16))
+        keys += BN * BD
+
+
+# ---- The best of them
+
+
+@triton.jit
+def _ordered(x):
+    """float16 as an int32 that orders as the numbers do, above FLOOR."""
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32)
+    return tl.where(bits < 0, -32769 - bits, bits)
+
+
+@triton.jit
+def _kth(x, K):
+    """The K-th largest of a matrix of `_ordered` numbers, two bits at a time."""
+    low = tl.full([], FLOOR, tl.int32)
+    for r in tl.static_range(8):
+        step = 1 << (14 - 2 * r)
+        counts = (x >= low + step).to(tl.int32) + ((x >= low + 2 * step).to(tl.int32) << 16)
+        counts = tl.sum(tl.sum(counts, 1), 0)
+        third = tl.sum(tl.sum((x >= low + 3 * step).to(tl.int32), 1), 0)
+        up = tl.where(counts & 0xFFFF >= K, 1, 0)
+        up = tl.where(counts >> 16 >= K, 2, up)
+        low += tl.where(third >= K, 3, up) * step
+    return low
+
+
+@triton.jit
+def _choose(x, K):
+    """The K largest of a matrix of `_ordered` numbers, fewer where fewer are above FLOOR; equals by their
+    order, row by row. Returns which they are, their places in a list, how many of each row, and of all."""
+    kth = _kth(x, K)
+    real = x > FLOOR
+    # Those above the K-th in the lower 16 bits, those equal to it in the upper.
+    counts = (real & (x > kth)).to(tl.int32) + ((real & (x == kth)).to(tl.int32) << 16)
+    of_row = tl.sum(counts, 1)
+    before = (tl.cumsum(of_row, 0) - of_row)[:, None] + tl.cumsum(counts, 1) - counts
+    total = tl.sum(of_row, 0)
+    room = K - (total & 0xFFFF)
+    chosen = (counts & 1 > 0) | ((counts > 0xFFFF) & (before >> 16 < room))
+    place = (before & 0xFFFF) + tl.minimum(before >> 16, room)
+    return chosen, place, tl.sum(chosen.to(tl.int32), 1), (total & 0xFFFF) + tl.minimum(total >> 16, room)
+
+
+@triton.jit
+def _largest_of(source, at, mask, row_size, SUBS: tl.constexpr):
+    """The largest of the scores that the parts of a tile give to the same keys, `_ordered`."""
+    x = tl.load(source + at, mask=mask, other=0)
+    for s in tl.static_range(1, SUBS):
+        x = tl.maximum(x, tl.load(source + s * row_size + at, mask=mask, other=0))
+    return tl.where(mask, _ordered(x), FLOOR)
+
+
+@triton.jit
+def choose(
+    scores, groups, lists, counts, hits, tail, padded, first, slab, all_tiles,
+    T: tl.constexpr, SUBS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    SINK_SLOTS: tl.constexpr, K: tl.constexpr,
+    SIZE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """The list of a tile: its K best keys in rising order, then the sinks. And of each block log2 of the
+    number of keys that are neither in the list nor in the window, which the tail needs.
+
+    With GROUPS, the groups of GROUP keys are chosen first by their largest scores: the K best keys are in
+    the K best groups. `hits` has a byte for each block.
+    """
+    local, which = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile = slab + local
+    end = tl.maximum((first // T + tile) * T - WINDOW + 1, 0)
+    scores += (which * tl.num_programs(0) + local) * SUBS * padded
+    lists += (which * all_tiles + tile) * SIZE
+    words = padded // (4 * BLOCK)
+    hits += (which * all_tiles + tile) * words
+    w, r, e = tl.arange(0, WORDS), tl.arange(0, ROWS), tl.arange(0, GROUP)
+    tl.store(hits + w, tl.zeros([WORDS], tl.int32), mask=w < words)
+    if GROUPS:
+        groups += (which * tl.num_programs(0) + local) * SUBS * (padded // GROUP)
+        g = tl.arange(0, GROUPS // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        x = _largest_of(groups, g, g * GROUP < end, padded // GROUP, SUBS)
+        chosen, place, _, count = _choose(x, K)
+        tl.store(lists + place, g, mask=chosen)
+        tl.debug_barrier()
+        inside = r < count
+        group = tl.load(lists + r, mask=inside, other=0)
+    else:
+        inside = r * GROUP < end
+        group = r
+    j = group[:, None] * GROUP + e[None, :]
+    x = _largest_of(scores, j, inside[:, None] & (j < end) & (j >= SINKS), padded, SUBS)
+    tl.debug_barrier()
+    chosen, place, of_row, count = _choose(x, K)
+    tl.store(lists + place, j, mask=chosen)
+    block = group // (BLOCK // GROUP)
+    tl.atomic_add(hits + block // 4, of_row << (block % 4 * 8), mask=of_row > 0, sem="relaxed")
+    sinks = tl.minimum(SINKS, end)
+    if SINKS:
+        s = tl.arange(0, SINK_SLOTS)
+        tl.store(lists + count + s, s, mask=s < sinks)
+    tl.store(counts + which * all_tiles + tile, count + sinks)
+    tl.debug_barrier()
+    b = tl.arange(0, 4 * WORDS)
+    left = BLOCK - (
+        (tl.load(hits + b // 4, mask=b // 4 < words, other=0, volatile=True) >> (b % 4 * 8)) & 0xFF
+    )
+    left -= tl.minimum(tl.maximum(sinks - BLOCK * b, 0), BLOCK)
+    left -= tl.minimum(tl.maximum(BLOCK * b + BLOCK - end, 0), BLOCK)
+    size = tl.where(left > 0, tl.log2(tl.maximum(left, 1).to(tl.float32)), -60000.0)
+    at = (which * all_tiles + tile) * (padded // BLOCK) + b
+    tl.store(tail + at, size.to(tl.float16), mask=b < padded // BLOCK)
+
+
+# ---- Attention over the list, the window and the tail
+
+
+@triton.jit
+def _attend(values, peak, total, acc, scores):
+    """One step of the softmax over more keys."""
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    weights, fading = tl.exp2(scores - higher[:, None]), tl.exp2(peak - higher)
+    total = total * fading + tl.sum(weights, 1)
+    return higher, total, tl.dot(weights.to(values.dtype), values, acc * fading[:, None])
+
+
+@triton.jit
+def attend(
+    q, k, v, k_mean, v_mean, lists, counts, tail, out,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
+    kv_heads, num_queries, num_keys, padded, num_blocks, first, all_tiles, scale,
+    G: tl.constexpr, T: tl.constexpr, TQ: tl.constexpr, GP: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    WINDOW: tl.constexpr, SIZE: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, INT64: tl.constexpr,
+):  # fmt: skip
+    """Softmax attention of the columns at TQ positions over what their tile keeps."""
+    program, which = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
+    start = first // T * T + program * TQ
+    tile = program // (T // TQ)
+    x, position, exists = _queries(
+        q, which, start, q_batch, q_head, q_token, kv_heads, first, num_queries, G, TQ, GP, D, BD
+    )
+    d, dv, n = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BN)
+    k += which // kv_heads * k_batch + which % kv_heads * k_head
+    v += which // kv_heads * v_batch + which % kv_heads * v_head
+    lists += (which * all_tiles + tile) * SIZE
+    count = tl.load(counts + which * all_tiles + tile)
+    window = tl.maximum(start // T * T - WINDOW + 1, 0)
+    factor = scale * LOG2E
+    peak = tl.full([TQ * GP], NOTHING, tl.float32)
+    total = tl.zeros([TQ * GP], tl.float32)
+    acc = tl.zeros([TQ * GP, BDV], tl.float32)
+    for s in range(0, count, BN):
+        inside = s + n < count
+        j = tl.load(lists + s + n, mask=inside, other=0)
+        if INT64:
+            j = j.to(tl.int64)
+        y = tl.load(k + j[None, :] * k_token + d[:, None], mask=(d < D)[:, None], other=0)
+        scores = tl.where(inside[None, :], tl.dot(x, y) * factor, NOTHING)
+        values = tl.load(v + j[:, None] * v_token + dv[None, :], mask=(dv < DV)[None, :], other=0)
+        peak, total, acc = _attend(values, peak, total, acc, scores)
+    for s in range(window, tl.minimum(start + TQ, num_keys), BN):
+        j = s + n
+        if INT64:
+            j = j.to(tl.int64)
+        inside = j < num_keys
+        y = tl.load(k + j[None, :] * k_token + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0)
+        scores = tl.where(j[None, :] <= position[:, None], tl.dot(x, y) * factor, NOTHING)
+        values = tl.load(
+            v + j[:, None] * v_token + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0
+        )
+        peak, total, acc = _attend(values, peak, total, acc, scores)
+    if TAIL:
+        tail += (which * all_tiles + tile) * (padded // BLOCK)
+        k_mean += which * num_blocks * D
+        v_mean += which * num_blocks * DV
+        below = window // BLOCK // BN * BN  # these blocks every row sees whole
+        for s in range(0, below, BN):
+            b = s + n
+            y = tl.load(k_mean + b[None, :] * D + d[:, None], mask=(d < D)[:, None], other=0)
+            scores = tl.dot(x, y) * factor + tl.load(tail + b).to(tl.float32)[None, :]
+            values = tl.load(v_mean + b[:, None] * DV + dv[None, :], mask=(dv < DV)[None, :], other=0)
+            peak, total, acc = _attend(values, peak, total, acc, scores)
+        blocks = tl.minimum((start + TQ) // BLOCK, num_blocks)
+        for s in range(below, blocks, BN):
+            b = s + n
+            inside = b < blocks
+            y = tl.load(
+                k_mean + b[None, :] * D + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0
+            )
+            scores = tl.dot(x, y) * factor + tl.load(tail + b, mask=inside, other=0).to(tl.float32)[None, :]
+            whole = inside[None, :] & ((BLOCK * b + BLOCK - 1)[None, :] <= position[:, None])
+            scores = tl.where(whole, scores, NOTHING)
+            values = tl.load(
+                v_mean + b[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0
+            )
+            peak, total, acc = _attend(values, peak, total, acc, scores)
+    row, head = position - first, tl.arange(0, TQ * GP) // TQ
+    at = which // kv_heads * o_batch + (which % kv_heads * G + head) * o_head + row.to(tl.int64) * o_token
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + at[:, None] + dv[None, :], result, mask=exists[:, None] & (dv < DV)[None, :])
