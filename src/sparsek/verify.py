@@ -20,6 +20,7 @@ _BLOCK_ROWS: Final = 8
 _TOLERANCE: Final = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 # Scores are computed in float32 at least, whatever the dtype of the inputs.
 _SCORE_EPS: Final = 1e-5
+_LEAST_MASS: Final = 0.97  # of the best list's, for a list of a tile
 
 
 class VerificationError(Exception):
@@ -44,7 +45,7 @@ def verify(p: Problem, out: Array, *, backend: str = "auto", rows: int = 64) -> 
         VerificationError: a dropped key is better than a kept one, or the output is off.
     """
     worst, count = 0.0, 0
-    for block in sample(p.num_queries, rows):
+    for block in _blocks(p, rows):
         part = p.rows(block)
         exact = _in_float64(part)
         selection = dispatch.select(part, backend)
@@ -59,6 +60,17 @@ def verify(p: Problem, out: Array, *, backend: str = "auto", rows: int = 64) -> 
     return Verification(count, worst)
 
 
+def _blocks(p: Problem, rows: int) -> Iterator[slice]:
+    """As `sample`; where tiles choose keys, blocks of whole tiles."""
+    tile, first, before = p.rule.tile or 1, p.first_position, None
+    for block in sample(p.num_queries, rows):
+        start = max(0, (first + block.start) // tile * tile - first)
+        stop = min(p.num_queries, -(-(first + block.stop) // tile) * tile - first)
+        if (start, stop) != before:
+            yield slice(start, stop)
+        before = start, stop
+
+
 def sample(num_rows: int, wanted: int) -> Iterator[slice]:
     """Blocks of up to 8 neighbouring rows, about `wanted` rows in all, evenly spread; the last row is in."""
     blocks = max(1, min(wanted, num_rows) // _BLOCK_ROWS)
@@ -68,11 +80,20 @@ def sample(num_rows: int, wanted: int) -> Iterator[slice]:
 
 
 def _verify_selection(p: Problem, kept: Array) -> None:
-    """Every kept key is at least as good as the K-th best, every dropped one at most, within eps."""
+    """Every kept key is at least as good as the K-th best, every dropped one at most, within eps. A list of a
+    tile, which is chosen with few bits, must hold nearly as much of the softmax as the best list."""
     xp = arrays.namespace(kept)
     for chunk in reference.chunks(p):
         n = chunk.kept.shape[-1]
         given = kept[:, :, chunk.rows, :n].reshape(chunk.kept.shape)
+        if p.rule.tile and not p.keeps_all:
+            shares = xp.exp(reference.log_share(chunk.scores, chunk.allowed))
+            held, best = (float(xp.sum(xp.where(x, shares, 0))) for x in (given, chunk.kept))
+            if not held >= _LEAST_MASS * best:
+                raise VerificationError(
+                    f"the keys chosen hold {held / best:.3f} of what the best hold, in rows {chunk.rows}"
+                )
+            continue
         dropped_wrongly = chunk.kept & ~given
         kept_wrongly = given & ~chunk.kept
         missing = xp.amax(xp.where(dropped_wrongly, chunk.scores, -math.inf), -1)

@@ -13,6 +13,7 @@ import torch
 from sparsek import SparseKConfig, attention
 from sparsek.kernels import reference, triton_prefill
 from sparsek.problem import Problem, make_problem
+from sparsek.verify import VerificationError, verify
 
 ON_CARD = torch.cuda.is_available()
 if not ON_CARD:
@@ -101,6 +102,22 @@ def assert_right(p: Problem, *, same: float = 0.9) -> torch.Tensor:
 )
 def test_agrees_with_the_reference(config: SparseKConfig, shape: dict[str, Any], dtype: torch.dtype) -> None:
     assert_right(problem(config, dtype=dtype, **shape))
+
+
+def test_some_rows_of_a_call_are_those_of_the_call() -> None:
+    p = problem(replace(TILES, tile=32), queries=150, keys=200)
+    whole = triton_prefill.attention(p)
+    rows = slice(32 * 3 - 50, 32 * 4 - 50)  # a tile
+    assert torch.equal(triton_prefill.attention(p.rows(rows)), whole[:, :, rows])
+
+
+def test_verification_takes_it_and_notices_what_is_wrong() -> None:
+    p = problem(queries=100, keys=300)
+    out = triton_prefill.attention(p)
+    assert verify(p, out, backend="triton_prefill").rows >= 64
+    out[0, 0, -1] += 1
+    with pytest.raises(VerificationError, match="output is off"):
+        verify(p, out, backend="triton_prefill")
 
 
 def test_the_best_groups_hold_the_best_keys(monkeypatch: pytest.MonkeyPatch) -> None:

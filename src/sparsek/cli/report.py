@@ -36,7 +36,19 @@ _MORE_BUDGETS: Final = (16, 64, 256)
 _LENGTHS: Final = (512, 2048, 4096)
 # Parameters that `eval` and `bench` have too.
 _RULE: Final = frozenset(
-    "config_file pure sinks window stride tail select tile dense_layers min_context threads".split()
+    {
+        "config_file",
+        "pure",
+        "sinks",
+        "window",
+        "stride",
+        "tail",
+        "select",
+        "tile",
+        "dense_layers",
+        "min_context",
+        "threads",
+    }
 )
 
 

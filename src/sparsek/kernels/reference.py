@@ -167,7 +167,7 @@ def _kept_by_tiles(p: Problem, scores: Array, allowed: Array, rows: slice, key: 
     if p.keeps_all:
         return allowed
     rule = p.rule
-    share = _log_share(scores, allowed)
+    share = log_share(scores, allowed)
     kept = arrays.full(scores.shape, False, xp.bool, scores)
     start, num_rows = 0, scores.shape[3]
     while start < num_rows:
@@ -185,7 +185,7 @@ def _kept_by_tiles(p: Problem, scores: Array, allowed: Array, rows: slice, key: 
     return kept
 
 
-def _log_share(scores: Array, allowed: Array) -> Array:
+def log_share(scores: Array, allowed: Array) -> Array:
     """log of the softmax over the allowed keys; -inf elsewhere."""
     xp = arrays.namespace(scores)
     scores = xp.where(allowed, scores, -xp.inf)

@@ -145,7 +145,7 @@ class _Call:
         self.value_size = self.v.shape[3]
         self.window = max(p.rule.window, 1)  # a tile's own positions are always kept
         self.first = p.first_position
-        self.tiles = -(-p.num_keys // p.rule.tile) - self.first // p.rule.tile
+        self.tiles = -(-(self.first + p.num_queries) // p.rule.tile) - self.first // p.rule.tile
         self.lanes = batch * self.kv_heads  # work side by side
 
         low = _low_dtype(p.q)
