@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 CPP := $(shell find cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo test test-sanitize test-arm test-llama-cpp-python lint format bench study docs clean
+.PHONY: help setup demo test test-gpu test-sanitize test-arm test-llama-cpp-python lint format bench study docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,9 @@ test: $(READY) ## C++ and Python tests
 	$(BIN)/cmake --build build/cpp-tests
 	$(BIN)/ctest --test-dir build/cpp-tests --output-on-failure
 	$(BIN)/pytest
+
+test-gpu: $(READY) ## the GPU kernels on the card; elsewhere in Triton's interpreter
+	$(BIN)/pytest tests/kernels/test_triton_prefill.py
 
 test-sanitize: $(READY) ## C++ tests under the address, undefined-behaviour and thread sanitizers
 	$(CMAKE) -S . -B build/asan -DSPARSEK_BUILD_TESTS=ON -DSPARSEK_SANITIZE=address,undefined
