@@ -36,6 +36,8 @@ def definition(q: Array, k: Array, v: Array, config: SparseKConfig, mask: Array)
         best: dict[int, float] = {}
         for i in rows:
             seen = np.flatnonzero(mask[i])
+            if not len(seen):
+                continue
             for g in range(group):
                 shares = scores[g, i, seen] - np.log(np.exp(scores[g, i, seen]).sum())
                 for j, share in zip(seen, shares, strict=True):

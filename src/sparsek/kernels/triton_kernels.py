@@ -41,7 +41,7 @@ def prepare(
     sample = tl.load(k + at[:, None] * k_token + d[None, :], mask=(d < D)[None, :], other=0).to(tl.float32)
     centre = tl.sum(sample, 0) / 64
     largest = tl.max(tl.max(tl.abs(sample - centre[None, :]), 1), 0)
-    scale = LIMIT / 4 / tl.maximum(largest, 1e-20)  # there is room for keys 4 times as large
+    scale = 1.0 / tl.maximum(largest, 1e-20) * (LIMIT / 4)  # there is room for keys 4 times as large
     if part == 0:
         tl.store(unit + which, scale)
     rows = part.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -90,7 +90,7 @@ def _lowered(x, unit, which, scale, low: tl.constexpr):
     """Queries in the low-precision type, and what makes base-2 scores of their products with keys."""
     largest = tl.maximum(tl.max(tl.max(tl.abs(x.to(tl.float32)), 1), 0), 1e-20)
     factor = largest / tl.load(unit + which) * (scale * LOG2E / LIMIT)
-    return (x.to(tl.float32) * (LIMIT / largest)).to(low), factor
+    return (x.to(tl.float32) * (1.0 / largest * LIMIT)).to(low), factor
 
 
 # ---- What a row's softmax adds up to
@@ -280,12 +280,11 @@ def choose(
     tl.store(counts + which * all_tiles + tile, count + sinks)
     tl.debug_barrier()
     b = tl.arange(0, 4 * WORDS)
-    left = BLOCK - (
-        (tl.load(hits + b // 4, mask=b // 4 < words, other=0, volatile=True) >> (b % 4 * 8)) & 0xFF
-    )
-    left -= tl.minimum(tl.maximum(sinks - BLOCK * b, 0), BLOCK)
-    left -= tl.minimum(tl.maximum(BLOCK * b + BLOCK - end, 0), BLOCK)
-    size = tl.where(left > 0, tl.log2(tl.maximum(left, 1).to(tl.float32)), -60000.0)
+    four = tl.load(hits + b // 4, mask=b // 4 < words, other=0, volatile=True)
+    dropped = ((four >> (b % 4 * 8)) & 0xFF) * -1 + BLOCK
+    dropped -= tl.minimum(tl.maximum(sinks - b * BLOCK, 0), BLOCK)
+    dropped -= tl.minimum(tl.maximum(b * BLOCK + BLOCK - end, 0), BLOCK)
+    size = tl.where(dropped > 0, tl.log2(tl.maximum(dropped, 1).to(tl.float32)), -60000.0)
     at = (which * all_tiles + tile) * (padded // BLOCK) + b
     tl.store(tail + at, size.to(tl.float16), mask=b < padded // BLOCK)
 
@@ -367,7 +366,7 @@ def attend(
                 k_mean + b[None, :] * D + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0
             )
             scores = tl.dot(x, y) * factor + tl.load(tail + b, mask=inside, other=0).to(tl.float32)[None, :]
-            whole = inside[None, :] & ((BLOCK * b + BLOCK - 1)[None, :] <= position[:, None])
+            whole = inside[None, :] & ((b * BLOCK + BLOCK - 1)[None, :] <= position[:, None])
             scores = tl.where(whole, scores, NOTHING)
             values = tl.load(
                 v_mean + b[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0
