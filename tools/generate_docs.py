@@ -257,8 +257,10 @@ def _study() -> dict[str, dict[int, dict[int, dict[str, Any]]]]:
 
 def _form(config: SparseKConfig | dict[str, Any]) -> dict[str, Any]:
     """What is kept. `min_context` is no part of it: the study's contexts are all above it."""
-    fields = config if isinstance(config, dict) else config.to_dict()
-    return {name: value for name, value in fields.items() if name != "min_context"}
+    whole = (
+        SparseKConfig.from_dict(config) if isinstance(config, dict) else config
+    )  # old ones have fewer fields
+    return {name: value for name, value in whole.to_dict().items() if name != "min_context"}
 
 
 def _window(records: Iterable[dict[str, Any]]) -> str:

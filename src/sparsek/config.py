@@ -33,12 +33,12 @@ class SparseKConfig:
         window: the last `window` allowed positions up to the query's own are always kept.
         stride: positions that are multiples of `stride` are always kept; 0 keeps none.
         tail: "centroid" adds one estimated term per block of 64 keys for what was dropped; "none" drops it.
-        select: "query" chooses the `top_k` keys for each query alone; "tile" one list of `top_k` keys for a
-            tile of neighbouring queries and all heads that share a key head, which GPUs are fast at.
-        tile: queries of a tile, 32 or 64.
         dense_layers: layers (counted from 0) that keep everything.
         min_context: contexts shorter than this (in tokens) keep everything.
         check_finite: look for NaN and infinity in the inputs, and fail if there are any.
+        select: "query" chooses the `top_k` keys for each query alone; "tile" one list of `top_k` keys for a
+            tile of neighbouring queries and all heads that share a key head, which GPUs are fast at.
+        tile: queries of a tile, 32 or 64.
 
     Raises:
         ValueError: a field is outside its range; the message names the field, the value and what is allowed.
@@ -50,11 +50,11 @@ class SparseKConfig:
     window: int = 16
     stride: int = 0
     tail: Tail = "centroid"
-    select: Select = "query"
-    tile: int = 64
     dense_layers: tuple[int, ...] = (0,)
     min_context: int = 2048
     check_finite: bool = False
+    select: Select = "query"
+    tile: int = 64
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "top_k", _checked_top_k(self.top_k))
