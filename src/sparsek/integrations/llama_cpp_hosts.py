@@ -10,6 +10,7 @@ from .llama_cpp import backend_path
 
 _PREFIX: Final = "SPARSEK_"
 _EXAMPLE: Final = f"{_PREFIX}TOP_K=64"
+_FOR_GPUS: Final = ("select", "tile")  # fields that the backend has no use for
 _NATIVE: Final = "GGML_BACKEND_PATH={path} {example} {program}"
 _LLAMA_CPP_PYTHON: Final = """\
 import os, llama_cpp
@@ -53,8 +54,10 @@ def instructions(path: Path) -> dict[str, str]:
 
 def variables() -> dict[str, str]:
     """Environment variable that the backend reads: its default."""
+    named = {name.rpartition(".")[2]: value for name, value in SparseKConfig().to_gguf_metadata().items()}
     defaults = {
-        _PREFIX + name.rpartition(".")[2].upper(): str(value).removesuffix(",")
-        for name, value in SparseKConfig().to_gguf_metadata().items()
+        _PREFIX + name.upper(): str(value).removesuffix(",")
+        for name, value in named.items()
+        if name not in _FOR_GPUS
     }
     return {**defaults, f"{_PREFIX}CONFIG": "none"}
