@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsek import SparseKConfig, recommend_k
-from sparsek.policy import Recommendation, Rule, auto_top_k, resolve
+from sparsek.policy import Recommendation, Rule, auto_top_k, fixed, resolve
 
 from .strategies import examples
 
@@ -112,3 +112,9 @@ def test_max_kept_bounds_every_row(fields: tuple[int, int, int, int], num_keys: 
 )
 def test_recommended_k(context: int, parameters: float | None, expected: tuple[int, int, int]) -> None:
     assert recommend_k(context, parameters) == Recommendation(*expected)
+
+
+def test_auto_becomes_a_number() -> None:
+    assert fixed(SparseKConfig(), 8192) == SparseKConfig(top_k=96)
+    assert fixed(SparseKConfig(top_k=(8, "auto")), 4096).top_k == (8, 64)
+    assert fixed(SparseKConfig(top_k=7), 4096).top_k == 7

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
-from .config import SparseKConfig, Tail
+from .config import SparseKConfig, Tail, TopK
 
 AUTO_STEP = 16
 AUTO_MIN = 32
@@ -67,6 +67,18 @@ def resolve(
         budget = num_keys
     tile = config.tile if config.select == "tile" else 0
     return Rule(min(budget, num_keys), config.sinks, config.window, config.stride, config.tail, tile)
+
+
+def fixed(config: SparseKConfig, context_length: int) -> SparseKConfig:
+    """`config` with numbers for "auto", as they are at this context."""
+
+    def number(budget: TopK) -> TopK:
+        return auto_top_k(context_length) if budget == "auto" else budget
+
+    budgets = config.top_k
+    return replace(
+        config, top_k=tuple(map(number, budgets)) if isinstance(budgets, tuple) else number(budgets)
+    )
 
 
 def auto_top_k(context_length: int) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..config import SparseKConfig
 from ..integrations import llama_cpp as integration
+from ..policy import fixed
 from . import llama_api as api
 from .base import Observer, Part
 from .gguf_header import read_header
@@ -150,7 +151,8 @@ class LlamaEngine:
 
     def _submit(self, context: _Context, tokens: Sequence[int], scored: Sequence[int] = ()) -> None:
         """Process tokens; logits of those with the numbers `scored`, or else of the last of each batch."""
-        integration.configure(context.config)  # another context may have had its turn
+        # Another context may have had its turn. A prompt comes in batches, but its K is that of the whole.
+        integration.configure(context.config and fixed(context.config, context.tokens))
         for start in range(0, len(tokens), _BATCH):
             part = tokens[start : start + _BATCH]
             wanted = (ctypes.c_int8 * len(part))()
@@ -180,14 +182,15 @@ class LlamaEngine:
             raise ValueError(
                 f"llama.cpp cannot make a context of {tokens} tokens: {integration.last_error()}"
             )
-        return _Context(self, context, config)
+        return _Context(self, context, config, tokens)
 
 
 class _Context:
-    """A context of llama.cpp, freed when nothing refers to it any more; the model lives at least as long."""
+    """A context of llama.cpp for so many tokens, freed when nothing refers to it any more; the model lives at
+    least as long."""
 
-    def __init__(self, engine: LlamaEngine, value: int, config: SparseKConfig | None) -> None:
-        self._engine, self.value, self.config = engine, value, config
+    def __init__(self, engine: LlamaEngine, value: int, config: SparseKConfig | None, tokens: int) -> None:
+        self._engine, self.value, self.config, self.tokens = engine, value, config, tokens
 
     def __del__(self) -> None:
         self._engine._lib.llama_free(self.value)
