@@ -3,7 +3,6 @@ Triton's interpreter, which runs one program after the other and so wants small 
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +14,8 @@ from sparsek.kernels import reference, triton_prefill
 from sparsek.problem import Problem, make_problem
 from sparsek.verify import VerificationError, verify
 
-ON_CARD = torch.cuda.is_available()
-if not ON_CARD:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton")
+ON_CARD = torch.cuda.is_available()
 
 DEVICE = "cuda" if ON_CARD else "cpu"
 # The interpreter multiplies the bits of bfloat16 numbers instead of the numbers.
