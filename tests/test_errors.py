@@ -170,7 +170,12 @@ PROBLEM: list[Row] = [
 ]
 
 DISPATCH: list[Row] = [
-    (call(backend="cuda"), ValueError, "backend = 'cuda'", "must be one of 'auto', 'cpu', 'reference'"),
+    (
+        call(backend="cuda"),
+        ValueError,
+        "backend = 'cuda'",
+        "must be one of 'auto', 'cpu', 'triton_prefill', 'reference'",
+    ),
     (call(backend=None), ValueError, "backend = None", "must be one of 'auto'"),
 ]
 

@@ -57,7 +57,8 @@ def test_page_and_pictures_are_written(folder: Path) -> None:
 @pytest.mark.model
 def test_commands_repeat_the_parts(folder: Path) -> None:
     text = (folder / "page.html").read_text()
-    assert "sparsek bench --min-context 100 -p 64,128 -n 0 -r 1 -k 0,8" in text
+    first = "sparsek bench --min-context 100 -p 64 -n 0 -r 1 -k 0,8"
+    assert f"{first} &amp;&amp; sparsek bench --min-context 100 -p 128 -n 0 -r 1 -k 0,8,16" in text
     assert "sparsek eval --engine transformers --context 128 --min-context 0 -k 8,16" in text
     assert re.search(r"sparsek report .*--sentence &#x27;The &quot;cat&quot;", text)
 
