@@ -118,3 +118,4 @@ def test_auto_becomes_a_number() -> None:
     assert fixed(SparseKConfig(), 8192) == SparseKConfig(top_k=96)
     assert fixed(SparseKConfig(top_k=(8, "auto")), 4096).top_k == (8, 64)
     assert fixed(SparseKConfig(top_k=7), 4096).top_k == 7
+    assert fixed(SparseKConfig(select="tile"), 8192).top_k == 384

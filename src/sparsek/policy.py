@@ -62,7 +62,7 @@ def resolve(
             )
         budget = budget[layer]
     if budget == "auto":
-        budget = auto_list(context) if config.select == "tile" else auto_top_k(context)
+        budget = _auto(config, context)
     if context < config.min_context or layer in config.dense_layers:
         budget = num_keys
     tile = config.tile if config.select == "tile" else 0
@@ -73,12 +73,16 @@ def fixed(config: SparseKConfig, context_length: int) -> SparseKConfig:
     """`config` with numbers for "auto", as they are at this context."""
 
     def number(budget: TopK) -> TopK:
-        return auto_top_k(context_length) if budget == "auto" else budget
+        return _auto(config, context_length) if budget == "auto" else budget
 
     budgets = config.top_k
     return replace(
         config, top_k=tuple(map(number, budgets)) if isinstance(budgets, tuple) else number(budgets)
     )
+
+
+def _auto(config: SparseKConfig, context_length: int) -> int:
+    return auto_list(context_length) if config.select == "tile" else auto_top_k(context_length)
 
 
 def auto_top_k(context_length: int) -> int:

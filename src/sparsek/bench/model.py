@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import _core
 from ..config import SparseKConfig, budget_name
-from ..engines.base import Engine
+from ..engines.base import Engine, check_fits
 from ..problem import Problem
 from ..verify import Verification, VerificationError, verify
 from .environment import environment
@@ -96,9 +96,7 @@ def bench(
         VerificationError: an attention output is not that of the reference.
     """
     for test in planned:
-        needed = test.prompt + test.depth + test.generated
-        if needed > engine.context_length:
-            raise ValueError(f"{needed} tokens are more than the model's context of {engine.context_length}")
+        check_fits(test.prompt + test.depth + test.generated, engine.context_length)
     longest = max(test.prompt + test.depth for test in planned)
     tokens = take_tokens(engine, text, longest)
     for test in planned:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 from click.core import ParameterSource
 
-from ..config import TopK
-from ..engines.model_file import find_model
-from ..policy import auto_top_k
+from ..config import SparseKConfig, TopK
+from ..policy import fixed
 from ..report.tables import with_error
 from .options import (
     Budgets,
@@ -31,7 +30,9 @@ if TYPE_CHECKING:
 def _k(record: Any) -> str:
     if record.config is None:
         return "dense"
-    return f"auto ({auto_top_k(record.context)})" if record.top_k == "auto" else str(record.top_k)
+    if record.top_k != "auto":
+        return str(record.top_k)
+    return f"auto ({fixed(SparseKConfig.from_dict(record.config), record.context).top_k})"
 
 
 COLUMNS: Final[list[Column]] = [
@@ -148,9 +149,7 @@ def command(
     planned.check(opened)
     if retrieval:
         check_context(opened, context)
-    journal = Journal.of(
-        resume, opened, find_model(model), words, context=context, generated=generated, seed=seed
-    )
+    journal = Journal.of(resume, opened, words, context=context, generated=generated, seed=seed)
     total = quality.passes(configs, windows + (len(TASKS) if retrieval else 0))
     found: list[RetrievalRecord] = []
     with progress("eval", total * context) as advance:

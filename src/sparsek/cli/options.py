@@ -168,6 +168,12 @@ def note_dense(configs: Sequence[SparseKConfig | None], contexts: Sequence[int])
         )
 
 
+def check_folder(place: str) -> None:
+    """Raises click.UsageError when the folder that `place` is to be in is not there."""
+    if not Path(place).parent.is_dir():
+        raise click.UsageError(f"no such directory: {str(Path(place).parent)!r}")
+
+
 def check_outputs(*files: str | None, inputs: Sequence[str | None] = ()) -> None:
     """Files that are to be written can be, and are neither each other nor an input: said before the work.
 
@@ -180,8 +186,7 @@ def check_outputs(*files: str | None, inputs: Sequence[str | None] = ()) -> None
             continue
         if not file or Path(file).is_dir():
             raise click.UsageError(f"this is a directory, give a file: {file!r}")
-        if not Path(file).parent.is_dir():
-            raise click.UsageError(f"no such directory: {str(Path(file).parent)!r}")
+        check_folder(file)
         if Path(file).resolve() in taken:
             raise click.UsageError(f"this file has two uses: {file!r}")
         taken.append(Path(file).resolve())

@@ -13,10 +13,11 @@ import click
 from click.core import ParameterSource
 
 from ..config import SparseKConfig, TopK, budget_name
-from ..engines.base import default_engine
+from ..engines.base import check_fits, default_engine
 from .options import (
     Budgets,
     Counts,
+    check_folder,
     check_outputs,
     common_options,
     load,
@@ -146,8 +147,7 @@ def command(
     configs = _configs(top_k, engine.model_config, rule)
     configs[0].check_layers(engine.num_layers)
     for count in [context, *(lengths or [])]:
-        if count > engine.context_length:
-            raise ValueError(f"{count} tokens are more than the model's context of {engine.context_length}")
+        check_fits(count, engine.context_length)
     with progress("attention", 1) as advance:
         small = small_rule(configs[0], sentence_k)
         attention = capture(engine, sentence, small, layer=layer, head=head)
@@ -199,8 +199,7 @@ def _check_places(output: str, images: str | None, inputs: Sequence[str | None])
         return
     if not images or (Path(images).exists() and not Path(images).is_dir()):
         raise click.UsageError(f"this is not a directory: {images!r}")
-    if not Path(images).parent.is_dir():
-        raise click.UsageError(f"no such directory: {str(Path(images).parent)!r}")
+    check_folder(images)
 
 
 def _configs(

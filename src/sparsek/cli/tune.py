@@ -10,7 +10,6 @@ import click
 
 from ..config import SparseKConfig, budget_range
 from ..engines.base import ENGINES
-from ..engines.model_file import find_model
 from ..report.tables import with_error
 from .options import (
     check_outputs,
@@ -106,7 +105,7 @@ def command(
     opened = load(engine, model, threads)
     form = make_config(opened.model_config, **rule)
     kind = "speed" if min_speedup is not None else "quality"
-    journal = Journal.of(resume, opened, find_model(model), words, context=context, target=kind)
+    journal = Journal.of(resume, opened, words, context=context, target=kind)
     with progress("tune", steps(opened)) as advance:
 
         def say(_: Point) -> None:

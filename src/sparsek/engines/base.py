@@ -38,11 +38,18 @@ class Part:
     scored: int = 1
 
 
+def check_fits(tokens: int, context_length: int) -> None:
+    """Raises ValueError when the model was not made for so many tokens."""
+    if tokens > context_length:
+        raise ValueError(f"{tokens} tokens are more than the model's context of {context_length}")
+
+
 class Engine(Protocol):
     """A loaded model. Everywhere `config` = None means the engine's own dense attention.
 
     Attributes:
-        name, version: of the engine. model: the model's name. dense: its own dense attention, in words.
+        name, version: of the engine. model: the model's name. path: where it is. dense: its own dense
+            attention, in words.
         num_layers, num_heads, num_parameters: of the model.
         context_length: the most tokens the model was made for.
         model_config: the Sparse-K configuration that the model file carries, or None.
@@ -51,6 +58,7 @@ class Engine(Protocol):
     name: str
     version: str
     model: str
+    path: Path
     dense: str
     num_layers: int
     num_heads: int

@@ -35,7 +35,7 @@ class LlamaEngine:
         flash_attention: bool = True,
         rope_scale: float = 1.0,
     ) -> None:
-        path = find_model(model)
+        self.path = path = find_model(model)
         if not path.is_file():
             raise ValueError(f"the engine llama needs a GGUF file: {path}")
         self.model_config = SparseKConfig.from_gguf_metadata(read_header(path).metadata)
@@ -133,7 +133,8 @@ class LlamaEngine:
         sparse = next((part.config for part in parts if part.config is not None), None)
         context = self._new_context(sum(len(part.tokens) for part in parts) + 1, sparse)
         for part in parts:
-            context.config, step = part.config, part.step or _BATCH
+            context.use(part.config)
+            step = part.step or _BATCH
             for start in range(0, len(part.tokens), step):
                 tokens = part.tokens[start : start + step]
                 wanted = range(-start % part.scored, len(tokens), part.scored) if part.scored else range(0)
@@ -151,8 +152,7 @@ class LlamaEngine:
 
     def _submit(self, context: _Context, tokens: Sequence[int], scored: Sequence[int] = ()) -> None:
         """Process tokens; logits of those with the numbers `scored`, or else of the last of each batch."""
-        # Another context may have had its turn. A prompt comes in batches, but its K is that of the whole.
-        integration.configure(context.config and fixed(context.config, context.tokens))
+        integration.configure(context.config)  # another context may have had its turn
         for start in range(0, len(tokens), _BATCH):
             part = tokens[start : start + _BATCH]
             wanted = (ctypes.c_int8 * len(part))()
@@ -190,7 +190,12 @@ class _Context:
     least as long."""
 
     def __init__(self, engine: LlamaEngine, value: int, config: SparseKConfig | None, tokens: int) -> None:
-        self._engine, self.value, self.config, self.tokens = engine, value, config, tokens
+        self._engine, self.value, self._tokens = engine, value, tokens
+        self.use(config)
+
+    def use(self, config: SparseKConfig | None) -> None:
+        """From now on. A prompt comes in batches, but its "auto" is that of the whole."""
+        self.config = config and fixed(config, self._tokens)
 
     def __del__(self) -> None:
         self._engine._lib.llama_free(self.value)

@@ -16,6 +16,7 @@ from typing import Any, Final, NoReturn
 from ..config import SparseKConfig
 from ..integrations import llama_cpp as integration
 from . import llama_api as api
+from .base import check_fits
 from .gguf_header import read_header
 from .model_file import find_model
 
@@ -38,8 +39,7 @@ class ServableModel:
         """Tokens of one request: `wanted`, or a default. Raises ValueError when the model has fewer."""
         if wanted is None:
             return min(self.context_length, _LONGEST_DEFAULT)
-        if wanted > self.context_length:
-            raise ValueError(f"{wanted} tokens are more than the model's context of {self.context_length}")
+        check_fits(wanted, self.context_length)
         return wanted
 
 

@@ -42,7 +42,7 @@ class TransformersEngine:
             raise ValueError(
                 "the engine transformers cannot stretch positions: use the engine llama for that"
             )
-        path = find_model(model)
+        self.path = path = find_model(model)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         if threads is not None:

@@ -14,7 +14,7 @@ from ..report.series import Costs, rule_words
 from .quality import Windows, evaluate
 
 _SHORTEST: Final = 128
-LONGEST: Final = 32768  # tokens up to which scores are counted: counting them takes seconds there
+LONGEST: Final = 32768  # tokens that the pictures of cost go to
 
 
 def costs(config: SparseKConfig, num_layers: int, num_heads: int, context_length: int) -> Costs:

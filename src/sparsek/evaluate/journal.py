@@ -38,13 +38,15 @@ class Journal:
             self._path.write_text(json.dumps({"work": work}) + "\n", encoding="utf-8")
 
     @classmethod
-    def of(cls, path: str | Path | None, engine: Engine, model: Path, text: str, **more: Any) -> Journal:
-        """Of work on this engine with the model at `model` and this text, with what else its results depend
-        on. Raises as the constructor."""
+    def of(cls, path: str | Path | None, engine: Engine, text: str, **more: Any) -> Journal:
+        """Of work on this engine, its model and this text, with what else its results depend on. Raises as
+        the constructor."""
+        if path is None:
+            return cls(None, {})
         opened = {
             "engine": f"{engine.name} {engine.version}",
             "model": engine.model,
-            "model file": fingerprint(model),
+            "model file": fingerprint(engine.path),
         }
         return cls(path, {**opened, "text": _checksum(text), **more})
 

@@ -143,6 +143,7 @@ class _Call:
         v = p.k if p.v is None else p.v
         self.v = v if v.stride(3) == 1 else v.contiguous()
         self.value_size = self.v.shape[3]
+        self.value_slots = max(16, _power_of_2(self.value_size))
         self.window = max(p.rule.window, 1)  # a tile's own positions are always kept
         self.first = p.first_position
         self.tiles = -(-(self.first + p.num_queries) // p.rule.tile) - self.first // p.rule.tile
@@ -230,7 +231,7 @@ class _Call:
             self.k, self.v, self.low, self.k_mean, self.low_mean, self.v_mean, self.unit,
             *self.k.stride()[:3], *self.v.stride()[:3],
             self.kv_heads, self.p.num_keys, self.padded, self.blocks,
-            D=self.head_size, DV=self.value_size, BD=self.low.shape[2], BDV=_power_of_2(self.value_size),
+            D=self.head_size, DV=self.value_size, BD=self.low.shape[2], BDV=self.value_slots,
             BLOCKS=blocks,
         )  # fmt: skip
 
@@ -278,7 +279,7 @@ class _Call:
             *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *out.stride()[:3],
             self.kv_heads, p.num_queries, p.num_keys, self.padded, self.blocks, self.first, self.tiles,
             p.scale,
-            **self._columns(), DV=self.value_size, BDV=max(16, _power_of_2(self.value_size)),
+            **self._columns(), DV=self.value_size, BDV=self.value_slots,
             WINDOW=self.window, SIZE=self.size, TAIL=p.rule.tail == "centroid",
             INT64=max(self._reach(self.k), self._reach(self.v)) >= 2**31, **self.launch.attend,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import SparseKConfig, budget_range
-from ..policy import auto_top_k
+from ..policy import fixed
 from .records import Record
 
 
@@ -161,8 +161,8 @@ def budget(record: Record) -> float:
     """K as a number; a mean where it is given per layer."""
     config = SparseKConfig.from_dict(record["config"])
     context = record.get("context") or record.get("n_prompt", 0)
-    budgets = config.top_k if isinstance(config.top_k, tuple) else (config.top_k,)
-    return statistics.fmean(auto_top_k(context) if k == "auto" else k for k in budgets)
+    budgets: Any = fixed(config, context).top_k
+    return statistics.fmean(budgets if isinstance(budgets, tuple) else (budgets,))
 
 
 def budget_text(record: Record) -> str:
