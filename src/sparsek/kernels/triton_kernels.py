@@ -14,7 +14,8 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 BLOCK: tl.constexpr = tl.constexpr(64)  # keys of a centroid
-LIMIT: tl.constexpr = tl.constexpr(448.0)  # largest number of float8 e4m3
+# Largest number of queries and keys in few bits: products over 256 channels are then below float16's 65504.
+LIMIT: tl.constexpr = tl.constexpr(14.0)
 FLOOR: tl.constexpr = tl.constexpr(-32768)  # below every score, as `_ordered` has them
 NOTHING: tl.constexpr = tl.constexpr(-1e30)
 
@@ -23,27 +24,42 @@ NOTHING: tl.constexpr = tl.constexpr(-1e30)
 
 
 @triton.jit
+def _unit(x, room: tl.constexpr):
+    """What makes numbers of few bits of numbers like the sample `x`, with room for `room` times its largest.
+    A power of two: what is rounded does not depend on it."""
+    size = tl.abs(x)
+    largest = tl.max(tl.max(tl.where(size < float("inf"), size, 0.0), 1), 0)
+    return tl.exp2(tl.floor(tl.log2(1.0 / tl.maximum(largest, 1e-20) * (LIMIT / room))))
+
+
+@triton.jit
 def prepare(
-    k, v, low, k_mean, low_mean, v_mean, unit,
-    k_batch, k_head, k_token, v_batch, v_head, v_token, kv_heads, num_keys, padded, num_blocks,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BLOCKS: tl.constexpr,
+    q, k, v, low, k_mean, low_mean, v_mean, units,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    kv_heads, num_queries, num_keys, padded, num_blocks,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Of BLOCKS blocks: the keys, centred, in the low-precision type; the means of keys and of values.
 
-    The centre and the unit are those of 64 sampled keys. Centring adds the same to all scores of a row.
+    The centre and the units are those of 64 sampled keys and queries. Centring adds the same to all scores of
+    a row.
     """
     ROWS: tl.constexpr = BLOCK * BLOCKS
     part, which = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    d, dv = tl.arange(0, BD), tl.arange(0, BDV)
+    d, dv, sampled = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, 64).to(tl.int64)
     k += which // kv_heads * k_batch + which % kv_heads * k_head
     v += which // kv_heads * v_batch + which % kv_heads * v_head
-    at = tl.arange(0, 64).to(tl.int64) * num_keys // 64
-    sample = tl.load(k + at[:, None] * k_token + d[None, :], mask=(d < D)[None, :], other=0).to(tl.float32)
+    at = sampled * num_keys // 64 * k_token
+    sample = tl.load(k + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0).to(tl.float32)
     centre = tl.sum(sample, 0) / 64
-    largest = tl.max(tl.max(tl.abs(sample - centre[None, :]), 1), 0)
-    scale = 1.0 / tl.maximum(largest, 1e-20) * (LIMIT / 4)  # there is room for keys 4 times as large
+    scale = _unit(sample - centre[None, :], 4)
     if part == 0:
-        tl.store(unit + which, scale)
+        q += which // kv_heads * q_batch + which % kv_heads * G * q_head
+        at = sampled % G * q_head + sampled * num_queries // 64 * q_token
+        sample = tl.load(q + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0).to(tl.float32)
+        tl.store(units + which * 2, scale)
+        tl.store(units + which * 2 + 1, _unit(sample, 16))
     rows = part.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     b = part * BLOCKS + tl.arange(0, BLOCKS)
     inside = (rows < num_keys)[:, None]
@@ -86,11 +102,9 @@ def _queries(
 
 
 @triton.jit
-def _lowered(x, unit, which, scale, low: tl.constexpr):
-    """Queries in the low-precision type, and what makes base-2 scores of their products with keys."""
-    largest = tl.maximum(tl.max(tl.max(tl.abs(x.to(tl.float32)), 1), 0), 1e-20)
-    factor = largest / tl.load(unit + which) * (scale * LOG2E / LIMIT)
-    return (x.to(tl.float32) * (1.0 / largest * LIMIT)).to(low), factor
+def _factor(units, which, scale):
+    """What makes base-2 scores of products in few bits."""
+    return 1.0 / (tl.load(units + which * 2) * tl.load(units + which * 2 + 1)) * (scale * LOG2E)
 
 
 # ---- What a row's softmax adds up to
@@ -105,20 +119,23 @@ def _accumulate(peak, total, scores):
 
 @triton.jit
 def normalise(
-    q, low, low_mean, unit, normaliser,
+    q, low, low_mean, units, low_q, normaliser,
     q_batch, q_head, q_token, kv_heads, num_queries, padded, first, scale,
     G: tl.constexpr, T: tl.constexpr, TQ: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """log2-sum-exp2 of every row, estimated: the first and the last blocks key by key, those between by
-    their means."""
+    """Queries in few bits, and log2-sum-exp2 of every row, estimated: the first and the last blocks key by
+    key, those between by their means."""
     program, which = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start = first // T * T + program * TQ
     x, position, exists = _queries(
         q, which, start, q_batch, q_head, q_token, kv_heads, first, num_queries, G, TQ, GP, D, BD
     )
-    x, factor = _lowered(x, unit, which, scale, low.dtype.element_ty)
+    x = tl.clamp(x.to(tl.float32) * tl.load(units + which * 2 + 1), -LIMIT, LIMIT).to(low.dtype.element_ty)
+    factor = _factor(units, which, scale)
     d, n = tl.arange(0, BD), tl.arange(0, BN)
+    at = (which * tl.num_programs(0) + program) * TQ * GP + tl.arange(0, TQ * GP)
+    tl.store(low_q + at[:, None] * BD + d[None, :], x)
     low += which * padded * BD
     low_mean += which * (padded // BLOCK) * BD
     means = tl.maximum((start - BLOCK + 1) // BLOCK, 1)  # blocks [1, means) are taken by their means
@@ -138,7 +155,6 @@ def normalise(
         inside = ((b >= 1) & (b < means))[None, :]
         scores = tl.where(inside, tl.dot(x, y) * factor + 6.0, NOTHING)  # log2 of BLOCK
         peak, total = _accumulate(peak, total, scores)
-    at = (which * tl.num_programs(0) + program) * TQ * GP + tl.arange(0, TQ * GP)
     tl.store(normaliser + at, tl.where(exists, peak + tl.log2(total), 1e30))
 
 
@@ -147,37 +163,36 @@ def normalise(
 
 @triton.jit
 def score(
-    q, low, unit, normaliser, scores, groups,
-    q_batch, q_head, q_token, kv_heads, num_queries, padded, first, slab, all_programs, scale,
-    G: tl.constexpr, T: tl.constexpr, TQ: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    low_q, low, units, normaliser, scores, groups,
+    padded, first, slab, all_programs, scale,
+    T: tl.constexpr, TQ: tl.constexpr, GP: tl.constexpr, BD: tl.constexpr,
     WINDOW: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of each key before the window of the tile: the largest share of the softmax that any of the columns
     gives it, as a logarithm. Keys are the rows of the product, so that the maximum over columns stays within
-    a thread and its neighbours. With GROUP, also the largest of every GROUP keys."""
+    a thread and its neighbours, and it is made in 16 bits, so that one instruction does two. With GROUP, also
+    the largest of every GROUP keys."""
     local, which = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
     program = slab + local
     start = first // T * T + program * TQ
-    x, _, _ = _queries(
-        q, which, start, q_batch, q_head, q_token, kv_heads, first, num_queries, G, TQ, GP, D, BD
-    )
-    x, factor = _lowered(x, unit, which, scale, low.dtype.element_ty)
-    x = tl.trans(x)
-    c = tl.arange(0, TQ * GP)
-    shift = tl.load(normaliser + (which * all_programs + program) * TQ * GP + c) / factor
-    end = tl.maximum(start // T * T - WINDOW + 1, 0)
     d, n = tl.arange(0, BD), tl.arange(0, BN)
+    at = (which * all_programs + program) * TQ * GP + tl.arange(0, TQ * GP)
+    x = tl.trans(tl.load(low_q + at[:, None] * BD + d[None, :]))
+    factor = _factor(units, which, scale)
+    shift = tl.load(normaliser + at) / factor
+    shift = tl.clamp(shift, -60000.0, 60000.0).to(tl.float16)
+    end = tl.maximum(start // T * T - WINDOW + 1, 0)
     row = which * tl.num_programs(0) + local
     scores += row * padded
     keys = low + which * padded * BD + n[:, None] * BD + d[None, :]
     for s in tl.range(0, end, BN, num_stages=STAGES):
-        product = tl.dot(tl.load(keys), x)
-        best = tl.maximum(tl.max(product - shift[None, :], 1) * factor, -60000.0)
+        product = tl.dot(tl.load(keys), x, out_dtype=tl.float16)
+        best = tl.maximum(tl.max(product - shift[None, :], 1).to(tl.float32) * factor, -60000.0)
         tl.store(scores + s + n, best.to(tl.float16))
         if GROUP:
             best = tl.max(tl.reshape(best, [BN // GROUP, GROUP]), 1)
-            at = row * (padded // GROUP) + s // GROUP + tl.arange(0, BN // GROUP)
-            tl.store(groups + at, best.to(tl.float16))
+            of_groups = row * (padded // GROUP) + s // GROUP + tl.arange(0, BN // GROUP)
+            tl.store(groups + of_groups, best.to(tl.float16))
         keys += BN * BD
 
 

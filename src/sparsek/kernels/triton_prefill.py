@@ -41,6 +41,7 @@ _ALL_AT_ONCE: Final = 8192  # keys up to which no groups are made
 _LONG: Final = 16384  # tokens from which on larger steps are faster
 _PAD: Final = 256
 _COLUMNS: Final = 128  # query rows of one product
+_SCORE_COLUMNS: Final = 256
 
 
 def why_not(p: Problem) -> str | None:
@@ -122,7 +123,7 @@ def _launch(head_size: int, num_keys: int, low_bytes: int) -> _Launch:
     long = num_keys > _LONG
     return _Launch(
         {"BN": 32, "num_warps": 4},
-        {"BN": 128 // low_bytes, "STAGES": 3, "num_warps": 8},
+        {"BN": 64 // low_bytes, "STAGES": 3, "num_warps": 4},
         {"BN": 64 if long else 32, "num_warps": 8, "num_stages": 2 if long else 3, "maxnreg": 128},
     )
 
@@ -154,6 +155,8 @@ class _Call:
         # Positions of a program: with the heads of the group they make the columns of its products.
         self.positions = min(p.rule.tile, _COLUMNS // self.group_slots)
         self.parts = p.rule.tile // self.positions
+        self.score_positions = min(p.rule.tile, _SCORE_COLUMNS // self.group_slots)
+        self.score_parts = p.rule.tile // self.score_positions
 
         self.padded = -(-p.num_keys // _PAD) * _PAD
         self.blocks = p.num_keys // 64
@@ -166,17 +169,19 @@ class _Call:
         padded_size = max(32, _power_of_2(self.head_size))
         self.low = empty(self.lanes, self.padded, padded_size, dtype=low)
         self.low_mean = empty(self.lanes, self.padded // 64, padded_size, dtype=low)
-        self.unit = empty(self.lanes, dtype=torch.float32)
+        self.units = empty(self.lanes, 2, dtype=torch.float32)
         self.k_mean = empty(self.lanes, max(self.blocks, 1), self.head_size, dtype=p.k.dtype)
         self.v_mean = empty(self.lanes, max(self.blocks, 1), self.value_size, dtype=self.v.dtype)
         programs = self.tiles * self.parts
-        self.normaliser = empty(self.lanes, programs, self.positions * self.group_slots, dtype=torch.float32)
+        columns = self.positions * self.group_slots
+        self.low_q = empty(self.lanes, programs, columns, padded_size, dtype=low)
+        self.normaliser = empty(self.lanes, programs, columns, dtype=torch.float32)
         self.lists = empty(self.lanes, self.tiles, self.size, dtype=torch.int32)
         self.counts = empty(self.lanes, self.tiles, dtype=torch.int32)
         self.tail = empty(self.lanes, self.tiles, self.padded // 64, dtype=torch.float16)
-        per_tile = self.lanes * self.parts * self.padded * 2
+        per_tile = self.lanes * self.score_parts * self.padded * 2
         self.slab = max(1, min(self.tiles, _SLAB_BYTES // per_tile))
-        rows = self.lanes, self.slab * self.parts
+        rows = self.lanes, self.slab * self.score_parts
         self.scores = empty(*rows, self.padded, dtype=torch.float16)
         self.groups = empty(*rows, self.padded // _GROUP, dtype=torch.float16)
         self.hits = empty(self.lanes, self.tiles, self.padded // 256, dtype=torch.int32)
@@ -228,26 +233,26 @@ class _Call:
     def _prepare(self) -> None:
         blocks = 2 if self.low.shape[2] <= 128 else 1
         self.kernels.prepare[self.padded // 64 // blocks, self.lanes](
-            self.k, self.v, self.low, self.k_mean, self.low_mean, self.v_mean, self.unit,
-            *self.k.stride()[:3], *self.v.stride()[:3],
-            self.kv_heads, self.p.num_keys, self.padded, self.blocks,
-            D=self.head_size, DV=self.value_size, BD=self.low.shape[2], BDV=self.value_slots,
+            self.q, self.k, self.v, self.low, self.k_mean, self.low_mean, self.v_mean, self.units,
+            *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3],
+            self.kv_heads, self.p.num_queries, self.p.num_keys, self.padded, self.blocks,
+            G=self.group, D=self.head_size, DV=self.value_size, BD=self.low.shape[2], BDV=self.value_slots,
             BLOCKS=blocks,
         )  # fmt: skip
 
     def _normalise(self) -> None:
         self.kernels.normalise[self.tiles * self.parts, self.lanes](
-            self.q, self.low, self.low_mean, self.unit, self.normaliser,
+            self.q, self.low, self.low_mean, self.units, self.low_q, self.normaliser,
             *self.q.stride()[:3], self.kv_heads, self.p.num_queries, self.padded, self.first, self.p.scale,
             **self._columns(), **self.launch.normalise,
         )  # fmt: skip
 
     def _score(self, start: int, tiles: int) -> None:
-        self.kernels.score[tiles * self.parts, self.lanes](
-            self.q, self.low, self.unit, self.normaliser, self.scores, self.groups,
-            *self.q.stride()[:3], self.kv_heads, self.p.num_queries, self.padded, self.first,
-            start * self.parts, self.tiles * self.parts, self.p.scale,
-            **self._columns(), WINDOW=self.window, GROUP=_GROUP if self._grouped(start, tiles) else 0,
+        self.kernels.score[tiles * self.score_parts, self.lanes](
+            self.low_q, self.low, self.units, self.normaliser, self.scores, self.groups,
+            self.padded, self.first, start * self.score_parts, self.tiles * self.score_parts, self.p.scale,
+            T=self.p.rule.tile, TQ=self.score_positions, GP=self.group_slots, BD=self.low.shape[2],
+            WINDOW=self.window, GROUP=_GROUP if self._grouped(start, tiles) else 0,
             **self.launch.score,
         )  # fmt: skip
 
@@ -258,7 +263,7 @@ class _Call:
         self.kernels.choose[tiles, self.lanes](
             self.scores, self.groups, self.lists, self.counts, self.hits, self.tail,
             self.padded, self.first, start, self.tiles,
-            T=rule.tile, SUBS=self.parts, WINDOW=self.window, SINKS=rule.sinks,
+            T=rule.tile, SUBS=self.score_parts, WINDOW=self.window, SINKS=rule.sinks,
             SINK_SLOTS=_power_of_2(rule.sinks), K=rule.top_k, SIZE=self.size, GROUP=_GROUP,
             GROUPS=max(32, _power_of_2(groups)) if grouped else 0,
             ROWS=max(16, _power_of_2(rule.top_k if grouped else groups)),
@@ -292,7 +297,7 @@ class _Call:
 def _low_dtype(q: Array) -> Any:
     torch = sys.modules["torch"]
     if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < _FLOAT8:
-        return q.dtype
+        return torch.float16
     return torch.float8_e4m3fn
 
 
