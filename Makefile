@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 CPP := $(shell find cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo test test-gpu test-sanitize test-arm test-llama-cpp-python lint format bench study docs clean
+.PHONY: help setup demo test test-gpu test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu study docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -27,8 +27,8 @@ test: $(READY) ## C++ and Python tests
 	$(BIN)/ctest --test-dir build/cpp-tests --output-on-failure
 	$(BIN)/pytest
 
-test-gpu: $(READY) ## the GPU kernels on the card; elsewhere in Triton's interpreter
-	$(BIN)/pytest tests/kernels/test_triton_prefill.py
+test-gpu: $(READY) ## the GPU kernels and their timing on the card; elsewhere in Triton's interpreter
+	$(BIN)/pytest tests/kernels/test_triton_*.py tests/bench
 
 test-sanitize: $(READY) ## C++ tests under the address, undefined-behaviour and thread sanitizers
 	$(CMAKE) -S . -B build/asan -DSPARSEK_BUILD_TESTS=ON -DSPARSEK_SANITIZE=address,undefined
@@ -97,6 +97,17 @@ bench: $(READY) ## measure the embedded model and record it in benchmarks/; want
 	    -k auto --min-context 0 --baseline dense -r 5 -o jsonl || exit 1; \
 	done > build/break-even.jsonl
 	mv build/quality.jsonl build/speed-llama.jsonl build/speed-transformers.jsonl build/attention.jsonl build/break-even.jsonl benchmarks/
+
+GPU := $(BIN)/sparsek bench-attention --device cuda --heads 32 --kv-heads 8 --head-dim 128 \
+  --dtype bfloat16 -o jsonl
+bench-gpu: $(READY) ## measure the attention call on a CUDA device and record it in benchmarks/
+	mkdir -p build
+	$(GPU) --tokens 1024,2048,4096,8192,16384,32768,65536,131072 > build/attention-gpu.jsonl
+	$(GPU) --tokens 8192,32768 --baseline flex >> build/attention-gpu.jsonl
+	for batch in 1 8; do \
+	  $(GPU) --tokens 8192,32768,131072 --queries 1 --index --batch $$batch || exit 1; \
+	done >> build/attention-gpu.jsonl
+	mv build/attention-gpu.jsonl benchmarks/
 
 # Quality against K at several lengths, and of other forms at one K. Sliding windows under 1024 stay dense.
 STUDY := $(BIN)/sparsek eval --engine transformers --min-context 1024 -o jsonl $(if $(MODEL),-m $(MODEL))

@@ -41,7 +41,7 @@ def test_defaults() -> None:
 
 def test_pure_is_top_k_alone_everywhere() -> None:
     assert SparseKConfig.pure(64) == SparseKConfig(
-        top_k=64, sinks=0, window=0, stride=0, tail="none", dense_layers=(), min_context=0
+        top_k=64, sinks=0, window=0, stride=0, tail="none", dense_layers=(), min_context=0, select="query"
     )
 
 

@@ -174,7 +174,7 @@ DISPATCH: list[Row] = [
         call(backend="cuda"),
         ValueError,
         "backend = 'cuda'",
-        "must be one of 'auto', 'cpu', 'triton_prefill', 'reference'",
+        "must be one of 'auto', 'cpu', 'triton_decode', 'triton_prefill', 'reference'",
     ),
     (call(backend=None), ValueError, "backend = None", "must be one of 'auto'"),
 ]

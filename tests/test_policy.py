@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsek import SparseKConfig, recommend_k
-from sparsek.policy import Recommendation, Rule, auto_top_k, fixed, resolve
+from sparsek.policy import Recommendation, Rule, auto_top_k, fixed, on_gpu, resolve
 
 from .strategies import examples
 
@@ -119,3 +119,14 @@ def test_auto_becomes_a_number() -> None:
     assert fixed(SparseKConfig(top_k=(8, "auto")), 4096).top_k == (8, 64)
     assert fixed(SparseKConfig(top_k=7), 4096).top_k == 7
     assert fixed(SparseKConfig(select="tile"), 8192).top_k == 384
+
+
+def test_on_a_gpu_lists_of_tiles_are_longer() -> None:
+    assert on_gpu(SparseKConfig(top_k=64)) == SparseKConfig(top_k=384, select="tile")
+    assert on_gpu(SparseKConfig(top_k=(8, "auto"))).top_k == (48, "auto")
+    assert on_gpu(SparseKConfig(top_k=2**31 - 1)).top_k == 2**31 - 1
+    for config in (SparseKConfig(select="tile"), SparseKConfig(select="query"), SparseKConfig.pure(64)):
+        assert on_gpu(config) == config
+    assert fixed(SparseKConfig(), 8192, "cuda").top_k == 384
+    assert fixed(SparseKConfig(), 8193, "cuda").top_k == 512
+    assert fixed(SparseKConfig(), 8192, "cpu").top_k == 96

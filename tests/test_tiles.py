@@ -15,45 +15,49 @@ Array = np.ndarray[Any, Any]
 
 
 def definition(q: Array, k: Array, v: Array, config: SparseKConfig, mask: Array) -> tuple[Array, Array]:
-    """(output, kept) of one key head: q [G, Tq, D], k [Tk, D], v [Tk, Dv], mask bool [Tq, Tk], causality in
-    it. One tile and one row at a time."""
+    """(output, kept) of one key head: q [G, Tq, D], k [Tk, D], v [Tk, Dv], mask bool [G, Tq, Tk], causality
+    in it. One tile and one row at a time."""
     group, num_queries, size = q.shape
     num_keys = len(k)
     top_k, tile = config.top_k, config.tile
     assert isinstance(top_k, int)
-    kept = np.zeros((num_queries, num_keys), dtype=bool)
+    kept = np.zeros(mask.shape, dtype=bool)
     scores = q @ k.T / math.sqrt(size)
     positions = np.arange(num_queries) + num_keys - num_queries
     for t in range(num_keys // tile + 1):
-        rows = [i for i in range(num_queries) if positions[i] // tile == t]
+        rows = [(g, i) for g in range(group) for i in range(num_queries) if positions[i] // tile == t]
+        begin = t * tile
+        for g, i in rows:
+            past = [j for j in range(positions[i] + 1) if mask[g, i, j]]
+            if past:
+                begin = min(begin, past[-1] // tile * tile)
         always = {
             j
             for j in range(num_keys)
             if j < config.sinks
-            or j > t * tile - max(config.window, 1)
+            or j > begin - max(config.window, 1)
             or (config.stride and j % config.stride == 0)
         }
         best: dict[int, float] = {}
-        for i in rows:
-            seen = np.flatnonzero(mask[i])
+        for g, i in rows:
+            seen = np.flatnonzero(mask[g, i])
             if not len(seen):
                 continue
-            for g in range(group):
-                shares = scores[g, i, seen] - np.log(np.exp(scores[g, i, seen]).sum())
-                for j, share in zip(seen, shares, strict=True):
-                    if j not in always:
-                        best[j] = max(best.get(j, -math.inf), share)
+            shares = scores[g, i, seen] - np.log(np.exp(scores[g, i, seen]).sum())
+            for j, share in zip(seen, shares, strict=True):
+                if j not in always:
+                    best[j] = max(best.get(j, -math.inf), share)
         chosen = always | set(sorted(best, key=lambda j: (-best[j], j))[:top_k])
-        for i in rows:
-            kept[i, [j for j in chosen if mask[i, j]]] = True
+        for g, i in rows:
+            kept[g, i, [j for j in chosen if mask[g, i, j]]] = True
     out = np.zeros((group, num_queries, v.shape[1]))
     for g, i in np.ndindex(group, num_queries):
-        weights = [math.exp(scores[g, i, j]) for j in np.flatnonzero(kept[i])]
-        values = [v[j] for j in np.flatnonzero(kept[i])]
+        weights = [math.exp(scores[g, i, j]) for j in np.flatnonzero(kept[g, i])]
+        values = [v[j] for j in np.flatnonzero(kept[g, i])]
         for start in range(0, num_keys - 63, 64) if config.tail == "centroid" else ():
             block = slice(start, start + 64)
-            dropped = 64 - kept[i, block].sum()
-            if mask[i, block].all() and dropped:
+            dropped = 64 - kept[g, i, block].sum()
+            if mask[g, i, block].all() and dropped:
                 weights.append(dropped * math.exp(scores[g, i, block].mean()))
                 values.append(v[block].mean(0))
         if weights:
@@ -61,8 +65,36 @@ def definition(q: Array, k: Array, v: Array, config: SparseKConfig, mask: Array)
     return out, kept
 
 
+def given_mask(kind: str, num_queries: int, num_keys: int) -> Array | None:
+    """[2, 1 or 4, Tq, Tk], True where a row may see a key, as far as causality allows."""
+    key = np.arange(num_keys)
+    position = (np.arange(num_queries) + num_keys - num_queries)[:, None]
+    shape = (2, 1, num_queries, num_keys)
+    length = np.array([num_keys, num_keys * 3 // 5])[:, None, None, None]  # of the two entries of the batch
+    if kind == "none":
+        return None
+    if kind == "left padding":
+        return np.broadcast_to(key >= num_keys - length, shape)
+    if kind == "right padding":
+        return np.broadcast_to(key < length, shape)
+    if kind == "packed":
+        starts = np.array([num_keys // 3, num_keys // 2 + 5])
+        return np.broadcast_to(np.searchsorted(starts, key) == np.searchsorted(starts, position), shape)
+    if kind == "sliding window":
+        return np.broadcast_to(key > position - 40, shape)
+    if kind == "empty rows":
+        return np.broadcast_to((position % 70 > 65) & (key >= 3), shape)
+    heads = 4 if kind == "by head" else 1
+    forbidden = np.random.default_rng(1).random((2, heads, num_queries, num_keys)) < 0.3
+    forbidden[:, :, num_queries // 2] = True  # a row that sees nothing
+    return ~forbidden
+
+
+MASKS = ["none", "left padding", "right padding", "packed", "sliding window", "empty rows", "gaps", "by head"]
+
+
 @pytest.mark.parametrize("kind", ["torch", "numpy"])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", MASKS)
 @pytest.mark.parametrize(
     ("num_queries", "num_keys", "fields"),
     [
@@ -74,29 +106,48 @@ def definition(q: Array, k: Array, v: Array, config: SparseKConfig, mask: Array)
     ],
 )
 def test_the_reference_is_the_definition(
-    num_queries: int, num_keys: int, fields: dict[str, Any], masked: bool, kind: str
+    num_queries: int, num_keys: int, fields: dict[str, Any], masked: str, kind: str
 ) -> None:
     config = SparseKConfig(**{"select": "tile", "top_k": 9, "min_context": 0, "dense_layers": (), **fields})
     random = np.random.default_rng(0)
     q = random.normal(size=(2, 4, num_queries, 8)) * 2
     k, v = random.normal(size=(2, 2, 2, num_keys, 8))
-    mask = np.tri(num_queries, num_keys, num_keys - num_queries, dtype=bool)
-    forbidden = random.random((2, 1, num_queries, num_keys)) < 0.3
-    forbidden[:, :, num_queries // 2] = True  # a row that sees nothing
-    given = ~forbidden if masked else None
+    causal = np.tri(num_queries, num_keys, num_keys - num_queries, dtype=bool)
+    given = given_mask(masked, num_queries, num_keys)
+    seen = np.broadcast_to(causal if given is None else causal & given, (2, 4, num_queries, num_keys))
 
     def made(x: Array | None) -> Any:
-        return x if x is None or kind == "numpy" else torch.from_numpy(x)
+        return x if x is None or kind == "numpy" else torch.from_numpy(x.copy())
 
     options: dict[str, Any] = {"config": config, "is_causal": True, "attn_mask": made(given)}
     out = np.asarray(attention(made(q), made(k), made(v), backend="reference", **options))
     kept = np.asarray(select(made(q), made(k), backend="reference", **options).to_mask())
     for b, h in np.ndindex(2, 2):
-        seen = mask & ~forbidden[b, 0] if masked else mask
-        expected, wanted = definition(q[b, 2 * h : 2 * h + 2], k[b, h], v[b, h], config, seen)
-        assert np.array_equal(kept[b, 2 * h], wanted)
-        assert np.array_equal(kept[b, 2 * h + 1], wanted)
-        assert np.allclose(out[b, 2 * h : 2 * h + 2], expected, atol=1e-12)
+        group = slice(2 * h, 2 * h + 2)
+        expected, wanted = definition(q[b, group], k[b, h], v[b, h], config, seen[b, group])
+        assert np.array_equal(kept[b, group], wanted)
+        assert np.allclose(out[b, group], expected, atol=1e-12)
+
+
+def test_a_step_against_a_cache_that_is_not_filled_yet_has_its_window() -> None:
+    """The window ends at the last token there is, not at the end of the cache."""
+    config = SparseKConfig(select="tile", tile=32, top_k=5, window=7, min_context=0, dense_layers=())
+    q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 1, 400, 8)
+    mask = torch.arange(400) < 203
+    kept = select(q, k, config=config, attn_mask=mask).to_mask()
+    filled = select(q, k[:, :, :203], config=config, is_causal=True).to_mask()
+    assert torch.equal(kept[..., :203], filled)
+    assert filled[..., 192 - 6 :].all()
+    assert not kept[..., 203:].any()
+
+
+def test_rows_before_the_first_key_and_without_causality() -> None:
+    config = SparseKConfig(select="tile", tile=32, top_k=5, min_context=0, dense_layers=())
+    q, k = torch.randn(1, 2, 150, 8), torch.randn(1, 1, 70, 8)
+    counts = select(q, k, config=config, is_causal=True).counts[0, 0]
+    assert counts[:80].sum() == 0
+    assert counts[80] == 1
+    assert (select(q, k, config=config).counts[0, 0, :80] == 70).all()
 
 
 def test_rows_that_are_computed_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +168,7 @@ def test_auto_is_a_list_of_its_own_length() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"select": "block"}, "select = 'block': must be one of 'query', 'tile'"),
+        ({"select": "block"}, "select = 'block': must be one of 'auto', 'query', 'tile'"),
         ({"tile": 48}, "tile = 48: must be 32 or 64"),
         ({"tile": True}, "tile = True: must be 32 or 64"),
     ],

@@ -22,7 +22,7 @@ import click
 from sparsek import SparseKConfig, recommend_k
 from sparsek.cli import COMMANDS, cli
 from sparsek.config import budget_range
-from sparsek.report.tables import markdown_table, with_error
+from sparsek.report.tables import markdown_table, milliseconds, with_error
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "benchmarks"
@@ -151,6 +151,54 @@ def break_even() -> str:
     lengths = [f"{r['tokens']} tokens, K {r['top_k']}" for r in next(iter(shapes.values()))]
     rows = [[shape, *(f"{r['ratio']:.2f}" for r in records)] for shape, records in shapes.items()]
     return markdown_table(["call", *lengths], rows)
+
+
+def gpu() -> str:
+    """The attention call on a GPU, prompts and steps of generation; nothing while there are no records."""
+    if not (RECORDS / "attention-gpu.jsonl").exists():
+        return ""
+    records = _records("attention-gpu.jsonl")
+    flex = {r["tokens"]: r for r in records if r["baseline"] == "flex"}
+    prompts, steps = [], []
+    for r in records:
+        if r["baseline"] == "flex":
+            continue
+        measured = [
+            "all" if r["top_k"] == r["tokens"] else str(r["top_k"]),
+            f"{milliseconds(r['baseline_ms'])} {r['baseline']}",
+            milliseconds(r["ms"]),
+            f"{r['ratio']:.2f} ({r['ratio_low']:.2f}-{r['ratio_high']:.2f})",
+        ]
+        checked = [f"{r['max_abs_err']:.1e}", f"{r['peak_mib'] / r['baseline_peak_mib']:.2f}"]
+        if r["queries"] == r["tokens"]:
+            beside = f"{flex[r['tokens']]['ratio']:.2f}" if r["tokens"] in flex else "-"
+            prompts.append([str(r["tokens"]), *measured, beside, *checked])
+        else:
+            steps.append([str(r["tokens"]), str(r["batch"]), *measured, *checked])
+    titles = ["K", "dense, ms", "ours, ms", "ratio"]
+    ends = ["max error", "memory, ours to dense"]
+    first, machine = records[0], records[0]["environment"]
+    timing = " and ".join(TIMINGS[name] for name in sorted({r["timing"] for r in records}, reverse=True))
+    return (
+        "On a GPU, the attention call beside the faster of PyTorch's cuDNN and flash attention; prompts also "
+        "beside FlexAttention over as many keys, in random blocks of 128:\n\n"
+        f"{markdown_table(['tokens', *titles, 'ratio to FlexAttention', *ends], prompts)}\n\n"
+        "One query over keys that have been indexed, as in a step of generation:\n\n"
+        f"{markdown_table(['keys', 'batch', *titles, *ends], steps)}\n\n"
+        f"{first['heads']}/{first['kv_heads']} heads of {first['head_dim']}, {first['dtype']}, "
+        f"{machine['gpu']}, PyTorch {machine['torch_version']}, CUDA {machine['cuda']}, "
+        f"cuDNN {_cudnn(machine['cudnn'])}, Triton {machine['triton_version']}. Times: {timing}. Ratios: "
+        "median of paired repetitions, and quartiles. Memory: the peak of one call, inputs included. "
+        f"{_window(records)}"
+    )
+
+
+TIMINGS = {"graph": "replayed CUDA graphs", "calls": "plain calls"}
+
+
+def _cudnn(version: int) -> str:
+    """91501 is 9.15.1."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
 TARGET = 0.01  # of KL
@@ -290,6 +338,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "speed": speed,
     "attention": attention,
     "break_even": break_even,
+    "gpu": gpu,
     "study_kl": study_kl,
     "study_rules": study_rules,
     "study_forms": study_forms,

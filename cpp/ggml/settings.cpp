@@ -59,7 +59,8 @@ void set(Settings* s, const std::string& field, const std::string& text) {
     } else if (field == "min_context") {
         s->min_context = number(field, text);
     } else if (field == "select") {
-        if (text != "query") refuse(field, "'" + text + "'", "query: tiles are for GPUs");
+        if (text != "query" && text != "auto")
+            refuse(field, "'" + text + "'", "auto or query: tiles are for GPUs");
     } else if (field != "check_finite" && field != "tile") {
         throw std::invalid_argument(
             "there is no field '" + field +

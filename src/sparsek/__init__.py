@@ -7,6 +7,16 @@ from .config import SparseKConfig
 from .key_index import KeyIndex
 from .policy import recommend_k
 from .selection import Selection
+from .varlen import attention_varlen
 
 __version__ = _version("sparsek")
-__all__ = ["KeyIndex", "Selection", "SparseKConfig", "attention", "recommend_k", "select", "topk_mask"]
+__all__ = [
+    "KeyIndex",
+    "Selection",
+    "SparseKConfig",
+    "attention",
+    "attention_varlen",
+    "recommend_k",
+    "select",
+    "topk_mask",
+]

@@ -21,6 +21,11 @@ def is_torch(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def on_gpu(x: Array) -> bool:
+    """Whether `x` is a tensor on a CUDA device."""
+    return is_torch(x) and bool(x.is_cuda)
+
+
 def namespace(x: Array) -> Module:
     """The module whose functions work on `x`."""
     return sys.modules["torch"] if is_torch(x) else np

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, get_args
 
 TopK = int | Literal["auto"]
 Tail = Literal["none", "centroid"]
-Select = Literal["query", "tile"]
+Select = Literal["auto", "query", "tile"]
 
 _TAILS: Final = get_args(Tail)
 _SELECTS: Final = get_args(Select)
@@ -37,7 +37,9 @@ class SparseKConfig:
         min_context: contexts shorter than this (in tokens) keep everything.
         check_finite: look for NaN and infinity in the inputs, and fail if there are any.
         select: "query" chooses the `top_k` keys for each query alone; "tile" one list of `top_k` keys for a
-            tile of neighbouring queries and all heads that share a key head, which GPUs are fast at.
+            tile of neighbouring queries and all heads that share a key head, which GPUs are fast at. "auto"
+            is "query" on the CPU. On a GPU it is "tile", with lists of 6 x `top_k` keys, where that is faster
+            than dense attention, and elsewhere dense attention.
         tile: queries of a tile, 32 or 64.
 
     Raises:
@@ -53,7 +55,7 @@ class SparseKConfig:
     dense_layers: tuple[int, ...] = (0,)
     min_context: int = 2048
     check_finite: bool = False
-    select: Select = "query"
+    select: Select = "auto"
     tile: int = 64
 
     def __post_init__(self) -> None:
@@ -79,7 +81,7 @@ class SparseKConfig:
     @classmethod
     def pure(cls, top_k: TopK | tuple[TopK, ...]) -> SparseKConfig:
         """The plain method: the `top_k` best keys in every layer at every length, -inf elsewhere."""
-        return cls(top_k=top_k, sinks=0, window=0, stride=0, tail="none", dense_layers=(), min_context=0)
+        return cls(top_k, sinks=0, window=0, tail="none", dense_layers=(), min_context=0, select="query")
 
     def check_layers(self, num_layers: int) -> None:
         """Raises ValueError when the fields by layer are not those of a model with so many layers."""

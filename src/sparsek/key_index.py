@@ -20,21 +20,22 @@ class KeyIndex:
 
     The index trusts that the first `length` tokens of k and v are those it has seen: call `truncate` where a
     cache was cropped or overwritten, `reorder` where batch entries changed places. It needs about 1.1 bytes
-    for each number in k. It belongs to the CPU kernel; other kernels leave it alone. Threads may share it.
+    for each number in k on the CPU, and about 1 on a GPU. Threads may share it, on the CPU.
     """
 
     def __init__(self) -> None:
         self._core = _core.KeyIndex()
+        self.gpu: Any = None  # the GPU kernel's own index, where it was used
 
     @property
     def length(self) -> int:
         """How many tokens it holds."""
-        return self._core.length
+        return self._core.length if self.gpu is None else int(self.gpu.length)
 
     @property
     def nbytes(self) -> int:
         """Its size in memory."""
-        return self._core.nbytes
+        return self._core.nbytes + (0 if self.gpu is None else int(self.gpu.nbytes))
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on.
@@ -45,14 +46,20 @@ class KeyIndex:
         if length < 0:
             raise ValueError(f"length = {length!r}: must be 0 or more")
         self._core.truncate(length)
+        if self.gpu is not None:
+            self.gpu.truncate(length)
 
     def reorder(self, batch_entries: Sequence[int]) -> None:
         """Batch entry i becomes what entry `batch_entries[i]` was, as in beam search."""
-        self._core.reorder([int(i) for i in batch_entries])
+        entries = [int(i) for i in batch_entries]
+        self._core.reorder(entries)
+        if self.gpu is not None:
+            self.gpu.reorder(entries)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyIndex:
         twin = KeyIndex()
         twin._core = self._core.copy()
+        twin.gpu = None if self.gpu is None else self.gpu.copy()
         return twin
 
     def __repr__(self) -> str:

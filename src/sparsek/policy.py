@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from numbers import Real
 from typing import Any
 
@@ -13,13 +14,16 @@ AUTO_STEP = 16
 AUTO_MIN = 32
 _AUTO_TILE = (384, 512)  # one list for a tile; the first up to 8192 tokens
 _AUTO_TILE_SHORT = 8192
+_LIST_PER_K = 6  # one list of 384 keys for a tile is as good as 64 for each query: docs/choosing-k.md
+_MOST = 2**31 - 1
 _MAX_CONTEXT = 2**53  # what a float counts exactly
 
 
 @dataclass(frozen=True)
 class Rule:
     """What a kernel is told for one call. `top_k >= Tk` means: keep every allowed key (dense attention).
-    `tile`: queries that share one list of keys; 0 where each has its own."""
+    `tile`: queries that share one list of keys; 0 where each has its own. `or_dense`: dense attention will do
+    where that is faster."""
 
     top_k: int
     sinks: int
@@ -27,6 +31,7 @@ class Rule:
     stride: int
     tail: Tail
     tile: int = 0
+    or_dense: bool = False
 
     def keeps_all(self, num_keys: int) -> bool:
         return self.top_k >= num_keys
@@ -69,8 +74,24 @@ def resolve(
     return Rule(min(budget, num_keys), config.sinks, config.window, config.stride, config.tail, tile)
 
 
-def fixed(config: SparseKConfig, context_length: int) -> SparseKConfig:
-    """`config` with numbers for "auto", as they are at this context."""
+@lru_cache(maxsize=64)
+def on_gpu(config: SparseKConfig) -> SparseKConfig:
+    """What a configuration means on a GPU: `select = "auto"` is "tile" there, with lists that cost as much
+    quality as `top_k` keys for each query alone."""
+
+    def list_of(budget: TopK) -> TopK:
+        return budget if budget == "auto" else min(_LIST_PER_K * budget, _MOST)
+
+    if config.select != "auto":
+        return config
+    budgets = config.top_k
+    lists = tuple(map(list_of, budgets)) if isinstance(budgets, tuple) else list_of(budgets)
+    return replace(config, top_k=lists, select="tile")
+
+
+def fixed(config: SparseKConfig, context_length: int, device: str = "cpu") -> SparseKConfig:
+    """`config` with numbers for "auto", as they are at this context and on this device, "cpu" or "cuda"."""
+    config = on_gpu(config) if device == "cuda" else config
 
     def number(budget: TopK) -> TopK:
         return _auto(config, context_length) if budget == "auto" else budget

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from numbers import Real
 from typing import Any, Final
 
@@ -17,7 +18,8 @@ from . import arrays
 from .arrays import Array
 from .config import SparseKConfig
 from .key_index import KeyIndex
-from .policy import Rule, resolve
+from .key_ranges import key_ranges
+from .policy import Rule, on_gpu, resolve
 
 _MAX_SOFTCAP: Final = 1e30  # a larger one is infinite in float32
 NO_VALUES: Final = object()  # only the selection is wanted; None would hide a forgotten v
@@ -35,6 +37,7 @@ class Problem:
         scale: factor of q.k. softcap: None, or scores become softcap * tanh(score / softcap).
         rule: what each row keeps.
         index: of k and v, for the kernels that can use it.
+        whole: the problem of which this is some rows. Estimates that go by all rows are then made as there.
     """
 
     q: Array
@@ -47,6 +50,7 @@ class Problem:
     softcap: float | None
     rule: Rule
     index: KeyIndex | None = None
+    whole: Problem | None = field(default=None, repr=False)
 
     @property
     def num_keys(self) -> int:
@@ -59,11 +63,21 @@ class Problem:
     def rows(self, rows: slice) -> Problem:
         """The same problem for the query rows [start, stop) alone."""
         mask = None if self.mask is None else self.mask[:, :, rows]
-        return replace(self, q=self.q[:, :, rows], mask=mask, first_position=self.first_position + rows.start)
+        first = self.first_position + rows.start
+        return replace(self, q=self.q[:, :, rows], mask=mask, first_position=first, whole=self.whole or self)
 
     @property
     def keeps_all(self) -> bool:
         return self.rule.keeps_all(self.num_keys)
+
+    @cached_property
+    def ranges(self) -> tuple[Array, Array] | None:
+        """The keys that the mask lets each row see, as `key_ranges` has them: for torch tensors alone.
+        Looks at the whole mask, once. None without a mask."""
+        if self.mask is None:
+            return None
+        mask = self.mask.expand(self.q.shape[0], -1, -1, -1)
+        return key_ranges(mask, first_position=self.first_position, is_causal=self.is_causal)
 
 
 def make_problem(
@@ -105,6 +119,8 @@ def make_problem(
     if config.check_finite:
         _check_finite(tensors, mask)
     num_keys = int(k.shape[2])
+    gpu = arrays.on_gpu(q)
+    rule = resolve(on_gpu(config) if gpu else config, num_keys, layer=layer, context=context)
     return Problem(
         q=q,
         k=k,
@@ -114,7 +130,7 @@ def make_problem(
         first_position=num_keys - int(q.shape[2]),  # the queries are the last of the positions
         scale=float(scale),
         softcap=None if softcap is None else float(softcap),
-        rule=resolve(config, num_keys, layer=layer, context=context),
+        rule=replace(rule, or_dense=True) if gpu and config.select == "auto" else rule,
         index=index,
     )
 

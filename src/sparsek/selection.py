@@ -25,10 +25,11 @@ class Selection:
 
     @classmethod
     def from_kept(cls, kept: Array, width: int) -> Selection:
-        """From a boolean matrix [B, H, Tq, Tk] that has at most `width` true elements a row."""
+        """From a boolean matrix [B, H, Tq, Tk]; M is `width`, or more where a row has more true elements."""
         xp = arrays.namespace(kept)
         flat = kept.reshape(math.prod(kept.shape[:-1]), kept.shape[-1])
         counts = xp.sum(flat, -1)
+        width = max(width, int(counts.max()) if counts.shape[0] else 0)
         row, column = arrays.nonzero(flat)
         starts = xp.cumsum(counts, 0) - counts
         indices = arrays.full((flat.shape[0], width), -1, xp.int32, kept)

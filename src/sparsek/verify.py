@@ -45,6 +45,7 @@ def verify(p: Problem, out: Array, *, backend: str = "auto", rows: int = 64) -> 
         VerificationError: a dropped key is better than a kept one, or the output is off.
     """
     worst, count = 0.0, 0
+    p = dispatch.settled(p, backend)
     for block in _blocks(p, rows):
         part = p.rows(block)
         exact = _in_float64(part)

@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsek import SparseKConfig
+from sparsek.bench import attention_call
 from sparsek.bench.attention_call import AttentionRecord
 from sparsek.bench.model import BenchRecord
 from sparsek.cli import COMMANDS, main
@@ -107,6 +109,9 @@ def test_bench_attention_records(sparsek: Sparsek, inputs: str) -> None:
         assert record["verified_rows"] >= 64
         assert record["ratio_low"] <= record["ratio"] <= record["ratio_high"]
         assert (record["heads"], record["kv_heads"], record["head_dim"]) == (9, 3, 64)
+        assert (record["batch"], record["dtype"], record["timing"]) == (1, "float32", "calls")
+        assert record["baseline"] == "sdpa"
+        assert [record[name] for name in ("host_us", "peak_mib", "baseline_peak_mib")] == [None] * 3
 
 
 @pytest.mark.parametrize("baseline", ["topk-mask", "none"])
@@ -115,6 +120,28 @@ def test_bench_attention_baselines(sparsek: Sparsek, baseline: str) -> None:
     (record,) = json.loads(sparsek("bench-attention", *options, "-o", "json"))
     assert record["queries"] == 3
     assert (record["ratio"] is None) == (baseline == "none")
+
+
+def test_bench_attention_of_a_batch(sparsek: Sparsek) -> None:
+    options = ["bench-attention", "--tokens", "100", "-k", "4", "-r", "1", *SPARSE]
+    (record,) = json.loads(sparsek(*options, "--batch", "2", "-o", "json"))
+    assert record["batch"] == 2
+    assert record["max_abs_err"] < 1e-5
+    assert sparsek(*options, "--batch", "2").startswith("| batch |")
+    assert "batch" not in sparsek(*options)
+
+
+def test_bench_attention_on_cuda_is_in_bfloat16(
+    sparsek_fails: Sparsek, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(**given: object) -> None:
+        raise ValueError(f"{given['dtype']} on {given['device']}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention_call, "random_inputs", stop)
+    call = ["bench-attention", "--device", "cuda"]
+    assert sparsek_fails(*call) == "sparsek: bfloat16 on cuda"
+    assert sparsek_fails(*call, "--dtype", "float16") == "sparsek: float16 on cuda"
 
 
 def test_output_formats_agree(sparsek: Sparsek) -> None:

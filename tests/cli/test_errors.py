@@ -67,6 +67,9 @@ README = str(Path(__file__).parents[2] / "README.md")
             "layer = 30: the model has",
         ),
         (["bench-attention", "-k", "0"], "give a K to measure"),
+        (["bench-attention", "--batch", "0"], "0 is not in the range"),
+        (["bench-attention", "--batch", "2", "--inputs", "model"], "--batch is for --inputs random"),
+        (["bench-attention", "--baseline", "flex"], "--baseline flex needs --device cuda"),
         (["info", "--context", "0"], "0 is not in the range"),
         pytest.param(
             ["bench-attention", "--device", "cuda", "--tokens", "8"],

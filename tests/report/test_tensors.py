@@ -82,7 +82,7 @@ def test_the_head_taken_has_most_weight_on_its_best_keys(
 
 
 def test_small_rule_keeps_the_form() -> None:
-    assert small_rule(SparseKConfig(), 4) == SparseKConfig(4, 1, 2, 0, "none", (), 0)
+    assert small_rule(SparseKConfig(), 4) == SparseKConfig(4, 1, 2, 0, "none", (), 0, select="query")
     assert small_rule(SparseKConfig.pure(64), 4) == SparseKConfig.pure(4)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -14,8 +14,11 @@ from .. import _core
 from ..config import SparseKConfig
 from ..kernels import dispatch
 from ..key_index import KeyIndex
-from ..problem import Problem, make_problem
+from ..problem import make_problem
 from ..verify import verify
+from . import cuda_timing
+from .baselines import BASELINES
+from .cuda_timing import Call, PeakMemory
 from .environment import environment
 from .timing import alternate, ratio
 
@@ -26,7 +29,10 @@ DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16":
 class AttentionRecord:
     """One shape and configuration. Times in milliseconds, medians; `ratio` is baseline over ours, the
     median of paired repetitions, with its quartiles. `max_abs_err` is against float64 over the kept set.
-    `index`: the keys had been indexed before, as those of a KV cache are."""
+    `index`: the keys had been indexed before, as those of a KV cache are. `baseline`: what ran; "cudnn" or
+    "flash" where PyTorch's attention was asked for on CUDA. `timing`: "graph", replays of CUDA graphs, or
+    "calls". Only on CUDA: `host_us`, microseconds of the host for one call of ours, and peaks of memory, with
+    the inputs."""
 
     tokens: int
     queries: int
@@ -52,11 +58,16 @@ class AttentionRecord:
     verified_rows: int
     max_abs_err: float
     environment: dict[str, Any]
+    batch: int = 1
+    timing: str = "calls"
+    host_us: float | None = None
+    peak_mib: float | None = None
+    baseline_peak_mib: float | None = None
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """q [1, H, Tq, D], k and v [1, Hkv, Tk, D], causal, and where they come from."""
+    """q [B, H, Tq, D], k and v [B, Hkv, Tk, D], causal, and where they come from."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -71,16 +82,17 @@ def random_inputs(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    batch: int = 1,
     dtype: str = "float32",
     device: str = "cpu",
     seed: int = 0,
 ) -> Inputs:
-    """Standard normal q, k, v."""
-    generator = torch.Generator().manual_seed(seed)
+    """Standard normal q, k, v, made on the device."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(num_heads: int, length: int) -> torch.Tensor:
-        x = torch.randn(1, num_heads, length, head_dim, generator=generator)
-        return x.to(device=device, dtype=DTYPES[dtype])
+        x = torch.randn(batch, num_heads, length, head_dim, generator=generator, device=device)
+        return x.to(DTYPES[dtype])
 
     return Inputs(normal(heads, queries), normal(kv_heads, tokens), normal(kv_heads, tokens), "random")
 
@@ -99,17 +111,27 @@ def bench_attention(
     """Verify, then time ours and the baseline in alternation; with a KeyIndex that holds all keys, or none.
 
     Raises:
-        ValueError: unknown baseline. VerificationError: the result is not that of the reference.
+        ValueError: unknown baseline, or one that is not for this device.
+        VerificationError: the result is not that of the reference.
     """
     if baseline not in BASELINES:
         raise ValueError(f"baseline = {baseline!r}: must be one of {', '.join(map(repr, BASELINES))}")
     key_index = KeyIndex() if index else None
     p = make_problem(inputs.q, inputs.k, inputs.v, config=config, is_causal=True, index=key_index)
-    check = verify(p, dispatch.attention(p, backend), backend=backend)
-    calls = [lambda: dispatch.attention(p, backend)]
-    if other := BASELINES[baseline](p):
-        calls.append(other)
-    timed = [_timed(call, p.q.device.type) for call in calls]
+    p = dispatch.settled(p, backend)
+    device = p.q.device.type
+
+    def ours() -> torch.Tensor:
+        out: torch.Tensor = dispatch.attention(p, backend)
+        return out
+
+    peak_mib = _peak_memory(inputs)(ours)
+    check = verify(p, ours(), backend=backend)
+    peak_memory = _peak_memory(inputs)
+    other = BASELINES[baseline](p)
+    calls: list[Call] = [ours] if other is None else [ours, other.call]
+    baseline_peak_mib = peak_memory(other.call) if other else None
+    timed, timing = (cuda_timing.samplers if device == "cuda" else _samplers)(calls)
     alternate(timed, 1)  # warm-up
     samples = alternate(timed, repetitions, advance)
     faster = ratio(samples[1], samples[0]) if other else (None, None, None)
@@ -125,11 +147,11 @@ def bench_attention(
         index=index,
         inputs=inputs.source,
         dtype=str(p.q.dtype).removeprefix("torch."),
-        device=p.q.device.type,
+        device=device,
         isa=_core.isa(),
         n_threads=threads,
         ms=statistics.median(samples[0]) * 1e3,
-        baseline=baseline,
+        baseline=other.name if other else baseline,
         baseline_ms=statistics.median(samples[1]) * 1e3 if other else None,
         ratio=faster[0],
         ratio_low=faster[1],
@@ -138,70 +160,30 @@ def bench_attention(
         verified_rows=check.rows,
         max_abs_err=check.max_abs_err,
         environment=environment(),
+        batch=p.q.shape[0],
+        timing=timing,
+        host_us=cuda_timing.host_us(ours) if device == "cuda" else None,
+        peak_mib=peak_mib,
+        baseline_peak_mib=baseline_peak_mib,
     )
 
 
-def _timed(call: Callable[[], torch.Tensor], device: str) -> Callable[[], float]:
-    def once() -> float:
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    return once
+def _peak_memory(inputs: Inputs) -> Callable[[Call], float | None]:
+    """See `PeakMemory`; on the CPU nothing is measured."""
+    if inputs.q.device.type != "cuda":
+        return lambda _: None
+    return PeakMemory(inputs.q, inputs.k, inputs.v).mib
 
 
-def _sdpa(p: Problem) -> Callable[[], torch.Tensor]:
-    """PyTorch's dense attention in its fastest form: for one query `enable_gqa`, as Transformers calls it;
-    else with K and V repeated for the heads of a group beforehand, untimed."""
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    if p.num_queries == 1:
-        assert p.v is not None
-        values = p.v
-        return lambda: sdpa(p.q, p.k, values, scale=p.scale, enable_gqa=True)
-    k, v = _repeated(p)
-    square = p.num_queries == p.num_keys
-    mask = None if square else _causal_mask(p)
-    return lambda: sdpa(p.q, k, v, attn_mask=mask, is_causal=square, scale=p.scale)
+def _samplers(calls: Sequence[Call]) -> tuple[list[Callable[[], float]], str]:
+    """On the CPU a sample is one call, with the clock."""
 
+    def sampler(call: Call) -> Callable[[], float]:
+        def once() -> float:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
 
-def _dense(p: Problem) -> Callable[[], torch.Tensor]:
-    """Our own dense attention."""
-    dense = replace(p, rule=replace(p.rule, top_k=p.num_keys))
-    return lambda: dispatch.attention(dense)
+        return once
 
-
-def _mask(p: Problem) -> Callable[[], torch.Tensor]:
-    """The method as it is usually written: all scores, top-K, a -inf mask, and dense attention under it."""
-    k, v = _repeated(p)
-    causal = _causal_mask(p)
-
-    def once() -> torch.Tensor:
-        scores = (p.q @ k.transpose(-1, -2) * p.scale).masked_fill(~causal, -torch.inf)
-        best = scores.topk(min(p.rule.top_k, p.num_keys), dim=-1).indices
-        mask = torch.full_like(scores, -torch.inf).scatter(-1, best, 0.0).masked_fill(~causal, -torch.inf)
-        return torch.nn.functional.scaled_dot_product_attention(p.q, k, v, attn_mask=mask, scale=p.scale)
-
-    return once
-
-
-def _repeated(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    group = p.q.shape[1] // p.k.shape[1]
-    assert p.v is not None
-    return p.k.repeat_interleave(group, 1), p.v.repeat_interleave(group, 1)
-
-
-def _causal_mask(p: Problem) -> torch.Tensor:
-    key = torch.arange(p.num_keys, device=p.q.device)
-    row = torch.arange(p.num_queries, device=p.q.device) + p.first_position
-    return key <= row[:, None]
-
-
-# A baseline makes, from a problem, the call to time; "none" times ours alone.
-BASELINES: Final[dict[str, Callable[[Problem], Callable[[], torch.Tensor] | None]]] = {
-    "sdpa": _sdpa,
-    "dense": _dense,
-    "topk-mask": _mask,
-    "none": lambda _: None,
-}
+    return [sampler(call) for call in calls], "calls"

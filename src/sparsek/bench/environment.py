@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +18,7 @@ _PACKAGES = ("sparsek", "numpy", "torch", "transformers", "xllamacpp", "gguf", "
 
 def environment() -> dict[str, Any]:
     """Machine, versions and time, as JSON types."""
-    return {**_machine(), "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    return {**_machine(), **_gpu(), "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
 @cache
@@ -30,6 +31,19 @@ def _machine() -> dict[str, Any]:
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         **{f"{name}_version": found for name in _PACKAGES if (found := package_version(name))},
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    """The CUDA device that PyTorch uses and the versions around it; nothing where PyTorch is not loaded."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "gpu_memory_gib": round(torch.cuda.get_device_properties().total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
     }
 
 

@@ -51,6 +51,7 @@ class BenchRecord:
     max_abs_err: float | None
     operations: dict[str, int]
     environment: dict[str, Any]
+    device: str = "cpu"
 
     @property
     def test(self) -> str:
@@ -180,4 +181,5 @@ def _record(
         max_abs_err=verified.max_abs_err if verified and verified.rows else None,
         operations=check.operations,
         environment=environment(),
+        device=engine.device,
     )

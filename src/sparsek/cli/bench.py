@@ -83,6 +83,7 @@ COLUMNS: Final[list[Column]] = [
 @output_option
 def command(
     model: str | None,
+    device: str,
     engine: str | None,
     prompts: list[int],
     generate: int,
@@ -118,7 +119,9 @@ def command(
     if not planned:
         raise click.UsageError("nothing to measure: -p and -n are both 0")
     _, words = read_text(text)
-    opened = load(engine, model, threads, flash_attention=flash_attention, rope_scale=rope_scale)
+    opened = load(
+        engine, model, threads, device=device, flash_attention=flash_attention, rope_scale=rope_scale
+    )
     configs = make_configs(top_k, opened.model_config, **rule)
     if top_k is None:
         configs = [None, *configs]

@@ -8,6 +8,7 @@ import click
 
 from ..config import TopK
 from ..kernels.dispatch import BACKENDS
+from ..report.tables import milliseconds
 from .options import (
     Budgets,
     Counts,
@@ -19,6 +20,7 @@ from .options import (
 )
 from .output import Column, output_option, progress, write_records
 
+_BATCH: Final[Column] = ("batch", lambda r: str(r.batch))
 COLUMNS: Final[list[Column]] = [
     ("inputs", lambda r: r.inputs),
     ("dtype", lambda r: r.dtype),
@@ -26,14 +28,15 @@ COLUMNS: Final[list[Column]] = [
     ("queries", lambda r: str(r.queries)),
     ("tokens", lambda r: str(r.tokens)),
     ("K", lambda r: "all" if r.top_k == r.tokens else str(r.top_k)),
-    ("ms", lambda r: f"{r.ms:.2f}"),
+    ("ms", lambda r: milliseconds(r.ms)),
     ("baseline", lambda r: r.baseline),
-    ("baseline ms", lambda r: "" if r.baseline_ms is None else f"{r.baseline_ms:.2f}"),
+    ("baseline ms", lambda r: "" if r.baseline_ms is None else milliseconds(r.baseline_ms)),
     ("ratio", lambda r: "" if r.ratio is None else f"{r.ratio:.2f} ({r.ratio_low:.2f}-{r.ratio_high:.2f})"),
     ("max error", lambda r: f"{r.max_abs_err:.1e}"),
 ]
 # The embedded model's shape, so that both kinds of inputs have one default.
 _HEADS, _KV_HEADS, _HEAD_DIM = 9, 3, 64
+_DTYPES: Final = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 @click.command("bench-attention")
@@ -46,6 +49,7 @@ _HEADS, _KV_HEADS, _HEAD_DIM = 9, 3, 64
     "--kv-heads", type=click.IntRange(1), default=_KV_HEADS, show_default=True, help="Key/value heads."
 )
 @click.option("--head-dim", type=click.IntRange(1), default=_HEAD_DIM, show_default=True, help="Head size.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Batch entries.")
 @click.option("-k", "--top-k", type=Budgets(), help="K to measure.  [default: the configuration's]")
 @click.option(
     "--inputs",
@@ -59,19 +63,18 @@ _HEADS, _KV_HEADS, _HEAD_DIM = 9, 3, 64
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="Of q, k and v.",
+    help="Of q, k and v.  [default: float32; on CUDA bfloat16]",
 )
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device."
 )
 @click.option(
     "--baseline",
-    type=click.Choice(["sdpa", "dense", "topk-mask", "none"]),
+    type=click.Choice(["sdpa", "dense", "topk-mask", "flex", "none"]),
     default="sdpa",
     show_default=True,
-    help="PyTorch's dense attention; our own; or top-K as a -inf mask over PyTorch's.",
+    help="PyTorch's dense attention, on CUDA the faster of cuDNN and flash attention; our own; top-K as a "
+    "-inf mask over PyTorch's; or, on CUDA, FlexAttention over as many keys in random blocks.",
 )
 @click.option(
     "--index", is_flag=True, help="With the keys indexed beforehand, as in a SparseKCache: for few --queries."
@@ -89,11 +92,12 @@ def command(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    batch: int,
     top_k: list[TopK] | None,
     inputs: str,
     model: str | None,
     layer: int | None,
-    dtype: str,
+    dtype: str | None,
     device: str,
     baseline: str,
     index: bool,
@@ -107,7 +111,8 @@ def command(
 ) -> None:
     """One attention call: verified against the float64 reference, then timed beside a baseline.
 
-    Ours and the baseline are timed in alternation; the ratio is the median of the pairs and its quartiles.
+    Ours and the baseline are timed in alternation; the ratio is the median of the pairs and its quartiles. On
+    CUDA both are replayed as CUDA graphs, so that the host's part does not count.
 
     \b
     Examples:
@@ -115,6 +120,7 @@ def command(
       sparsek bench-attention --tokens 8192 --heads 9 --kv-heads 3 --head-dim 64 -k 64 --baseline sdpa -o json
       sparsek bench-attention --tokens 2048,4096 -k 32,64 --pure --inputs model
       sparsek bench-attention --tokens 32768 --queries 1 --index -k 128
+      sparsek bench-attention --device cuda --heads 32 --kv-heads 8 --head-dim 128
     """
     from ..bench import attention_call as library
     from ..bench.capture import model_inputs
@@ -124,6 +130,11 @@ def command(
         raise click.UsageError("-k 0 is dense attention, which is the baseline: give a K to measure")
     if queries is not None and queries > min(tokens):
         raise click.UsageError(f"{queries} queries are more than {min(tokens)} tokens")
+    if batch > 1 and inputs == "model":
+        raise click.UsageError("--batch is for --inputs random: the model reads one text")
+    if baseline == "flex" and device != "cuda":
+        raise click.UsageError("--baseline flex needs --device cuda")
+    dtype = dtype or _DTYPES[device]
     count = use_threads(threads)
     if device == "cuda":
         import torch
@@ -147,6 +158,7 @@ def command(
                     heads=heads,
                     kv_heads=kv_heads,
                     head_dim=head_dim,
+                    batch=batch,
                     dtype=dtype,
                     device=device,
                     seed=seed,
@@ -164,5 +176,5 @@ def command(
                         advance=advance,
                     )
                 )
-    write_records(records, output, COLUMNS)
+    write_records(records, output, [_BATCH, *COLUMNS] if batch > 1 else COLUMNS)
     note_dense(configs, tokens)

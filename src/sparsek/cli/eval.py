@@ -32,7 +32,7 @@ def _k(record: Any) -> str:
         return "dense"
     if record.top_k != "auto":
         return str(record.top_k)
-    return f"auto ({fixed(SparseKConfig.from_dict(record.config), record.context).top_k})"
+    return f"auto ({fixed(SparseKConfig.from_dict(record.config), record.context, record.device).top_k})"
 
 
 COLUMNS: Final[list[Column]] = [
@@ -99,6 +99,7 @@ RETRIEVAL_COLUMNS: Final[list[Column]] = [
 @output_option
 def command(
     model: str | None,
+    device: str,
     engine: str | None,
     text: str | None,
     context: int,
@@ -143,7 +144,7 @@ def command(
     if retrieval and output == "csv":
         raise click.UsageError("-o csv holds one kind of record: leave out --retrieval, or take jsonl")
     name, words = read_text(text)
-    opened = load(engine, model, threads)
+    opened = load(engine, model, threads, device=device)
     configs = make_configs(top_k, opened.model_config, **rule)
     planned = quality.Windows(opened.encode(words), context, windows, where=where, generated=generated)
     planned.check(opened)

@@ -76,8 +76,17 @@ text_option = click.option(
     "--text", metavar="FILE", help="UTF-8 text; - is standard input.  [default: Python's own manual]"
 )
 
+device_option = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="cuda: the engine transformers on a GPU.",
+)
+
 model_options = _stacked(
     model_option,
+    device_option,
     click.option(
         "--engine",
         type=click.Choice(list(ENGINES)),
@@ -96,8 +105,8 @@ rule_options = _stacked(
     click.option("--tail", type=click.Choice(["none", "centroid"]), help="Summary of what is dropped."),
     click.option(
         "--select",
-        type=click.Choice(["query", "tile"]),
-        help="Keys for each query alone, or one list for a tile of queries (for GPUs).",
+        type=click.Choice(["auto", "query", "tile"]),
+        help="Keys for each query alone, or one list for a tile of queries; auto: tiles on GPUs.",
     ),
     click.option("--tile", type=int, metavar="N", help="Queries of a tile: 32 or 64."),
     click.option("--dense-layers", metavar="L,...", help="Layers that keep everything, or none."),

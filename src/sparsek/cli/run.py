@@ -34,6 +34,7 @@ from .output import status
 @common_options
 def command(
     model: str | None,
+    device: str,
     engine: str | None,
     prompt: str | None,
     file: str | None,
@@ -57,7 +58,7 @@ def command(
     if top_k is not None and len(top_k) != 1:
         raise click.UsageError(f"-k {','.join(map(str, top_k))}: run takes one K")
     make_configs(top_k, None, **rule)  # what is wrong in them shows before the model is loaded
-    opened = load(engine, model, threads)
+    opened = load(engine, model, threads, device=device)
     (chosen,) = make_configs(top_k, opened.model_config, **rule)
     ids = opened.encode(text) if raw else opened.encode_chat(text)
     needed = len(ids) + tokens

@@ -58,6 +58,7 @@ class Engine(Protocol):
     name: str
     version: str
     model: str
+    device: str
     path: Path
     dense: str
     num_layers: int
@@ -113,6 +114,7 @@ def open_engine(
     threads: int | None = None,
     flash_attention: bool = True,
     rope_scale: float = 1.0,
+    device: str = "cpu",
 ) -> Engine:
     """Load a model.
 
@@ -122,17 +124,26 @@ def open_engine(
         flash_attention: whether dense attention is to be flash attention, in engines that have a choice.
         rope_scale: positions are divided by it, so that the model takes contexts that much longer than it was
             trained for: to measure speed, for quality suffers.
+        device: "cpu", or "cuda" in the engine transformers.
 
     Raises:
-        ValueError: unknown engine; what is loaded is not a model or is damaged. FileNotFoundError: no such
-        model. ImportError: the engine is not installed.
+        ValueError: unknown engine; it does not run on the device, or there is none; what is loaded is not a
+        model or is damaged. FileNotFoundError: no such model. ImportError: the engine is not installed.
     """
-    name = default_engine(model) if name is None else name
+    if name is None:
+        name = default_engine(model) if device == "cpu" else "transformers"
     if name not in ENGINES:
         raise ValueError(f"engine {name!r}: must be one of {', '.join(ENGINES)}")
     module, class_name, package = ENGINES[name]
     if find_spec(package) is None:
         raise ImportError(f"engine {name!r} is not installed: pip install 'sparsek[{name}]'")
     make = getattr(import_module(module), class_name)
-    engine: Engine = make(model, threads=threads, flash_attention=flash_attention, rope_scale=rope_scale)
+    if device != "cpu" and name != "transformers":
+        raise ValueError(
+            f"the engine {name} runs on the CPU here: device {device!r} needs the engine transformers"
+        )
+    where = {} if device == "cpu" else {"device": device}
+    engine: Engine = make(
+        model, threads=threads, flash_attention=flash_attention, rope_scale=rope_scale, **where
+    )
     return engine

@@ -26,6 +26,7 @@ class LlamaEngine:
     """See `base.Engine`. On the CPU; flash attention is on, which is the faster of llama.cpp's two ways."""
 
     name = "llama"
+    device = "cpu"
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class EvalRecord:
     mass: list[list[float] | None]
     kept: list[float | None]
     environment: dict[str, Any]
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,7 @@ def _record(
         mass=mass,
         kept=kept,
         environment=environment(),
+        device=engine.device,
     )
 
 

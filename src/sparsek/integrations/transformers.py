@@ -235,6 +235,7 @@ def _attend(
         context=sliding_window,
         index=index,
     )
+    problem = dispatch.settled(problem)
     out: torch.Tensor = dispatch.attention(problem)
     for observer in tuple(_observers):
         observer(layer, problem, out)

@@ -6,6 +6,7 @@ The compiled kernel does the same faster in most cases; here the others run, and
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from .. import _core, arrays
 from ..arrays import Array
@@ -15,6 +16,7 @@ from . import cpu
 TAKES = "rules that keep everything, where PyTorch's own attention is the fastest"
 
 _FEW_QUERIES = 32  # measured: below this, and with a key head for each query head, PyTorch is faster
+_CUDNN_FIRST = (9, 0)  # compute capability
 _MASK_ELEMENTS = 1 << 24  # of an explicit mask made at once
 
 
@@ -40,8 +42,12 @@ def attention(p: Problem) -> Array:
     assert p.v is not None
     num_queries, num_keys = p.num_queries, p.num_keys
     square = num_queries == num_keys and p.first_position == 0
-    if p.mask is None and (square or not p.is_causal):
-        return _sdpa(p, p.q, None, p.is_causal and square)
+    last_row = num_queries == 1 and p.first_position == num_keys - 1  # sees everything
+    if p.mask is None and (square or last_row or not p.is_causal):
+        is_causal = p.is_causal and square and not last_row
+        return _on_gpu(p, None, is_causal) if _has_gpu_kernels(p) else _sdpa(p, p.q, None, is_causal)
+    if p.mask is None and p.first_position == num_keys - num_queries and _has_gpu_kernels(p):
+        return _on_gpu(p, torch.nn.attention.bias.causal_lower_right(num_queries, num_keys), False)
     if p.mask is not None and not p.is_causal:
         return _sdpa(p, p.q, p.mask, False)
     # Causal but not square, or causal with a mask: SDPA needs both as one mask, made some rows at a time.
@@ -58,6 +64,27 @@ def attention(p: Problem) -> Array:
             mask = mask & given if given.dtype == torch.bool else given.masked_fill(~mask, -torch.inf)
         out[:, :, rows] = _sdpa(p, p.q[:, :, rows], mask, False)
     return out
+
+
+def _has_gpu_kernels(p: Problem) -> bool:
+    """Whether PyTorch has kernels for a GPU that take the call without a mask and groups of heads as they
+    are."""
+    assert p.v is not None
+    return arrays.on_gpu(p.q) and p.q.dtype.itemsize == 2 and p.q.shape[3] == p.v.shape[3] <= 256
+
+
+def _on_gpu(p: Problem, mask: Any, is_causal: bool) -> Array:
+    """cuDNN is the fastest on GPUs of compute capability 9.0 (measured on an H100); PyTorch takes another."""
+    torch = sys.modules["torch"]
+    backend = torch.nn.attention.SDPBackend
+    order = [backend.FLASH_ATTENTION, backend.MATH]
+    if torch.cuda.get_device_capability(p.q.device) >= _CUDNN_FIRST:
+        order.insert(0, backend.CUDNN_ATTENTION)
+    with torch.nn.attention.sdpa_kernel(order, set_priority=True):
+        return torch.nn.functional.scaled_dot_product_attention(
+            p.q, p.k, p.v, attn_mask=mask, is_causal=is_causal, scale=p.scale,
+            enable_gqa=p.q.shape[1] != p.k.shape[1],
+        )  # fmt: skip
 
 
 def _sdpa(p: Problem, q: Array, mask: Array | None, is_causal: bool) -> Array:

@@ -7,28 +7,42 @@ Adding a kernel is one row here. A kernel is a module with `why_not(problem) -> 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, Final
 
 from ..arrays import Array
 from ..problem import Problem
 from ..selection import Selection
+from . import break_even
 
 log = logging.getLogger("sparsek")
 
 # In the order in which "auto" tries them; the reference takes everything and is last.
-KERNELS: Final = ("dense", "cpu", "triton_prefill", "reference")
+KERNELS: Final = ("dense", "cpu", "triton_decode", "triton_prefill", "reference")
 # What a user can ask for by name. Whether a call is dense is the configuration's business.
-BACKENDS: Final = ("auto", "cpu", "triton_prefill", "reference")
+BACKENDS: Final = ("auto", "cpu", "triton_decode", "triton_prefill", "reference")
 
 
 def attention(p: Problem, backend: str = "auto") -> Array:
+    p = settled(p, backend)
     return _choose(p, backend, "attention").attention(p)
 
 
 def select(p: Problem, backend: str = "auto") -> Selection:
+    p = settled(p, backend)
     selection: Selection = _choose(p, backend, "select").select(p)
     return selection
+
+
+def settled(p: Problem, backend: str = "auto") -> Problem:
+    """The problem with a rule that says for good whether attention is dense. Parts of it are to be computed
+    as the whole is."""
+    if not p.rule.or_dense:
+        return p
+    dense = backend == "auto" and not p.keeps_all and break_even.dense_is_better(p)
+    rule = replace(p.rule, or_dense=False, top_k=p.num_keys if dense else p.rule.top_k)
+    return replace(p, rule=rule)
 
 
 def describe() -> dict[str, str]:

@@ -11,8 +11,11 @@ s_ij = softcap(scale * q_i . k_j) + mask_ij and the allowed keys A_i:
 With `select = "tile"` the rows of a tile, which are those at positions [tT, (t+1)T), and all heads of a key
 head's group share one list and what is always kept:
 
-    always_t  the first `sinks` positions, the multiples of `stride`, the tile's own positions and, for a
-              larger window, those from tT - window + 1 on
+    always_t  the first `sinks` positions, the multiples of `stride`, those from begin_t on and, for a larger
+              window, from begin_t - window + 1 on
+    begin_t   tT, the start of the tile. Where a mask hides the end from a row (padding on the right, a cache
+              that is not filled yet), the start of the tile of e_i, the last key up to p_i that row i may
+              see: the least floor(e_i / T) T of the rows that have such a key
     list_t    the `top_k` best keys outside always_t that some row may see, by the largest share of the
               softmax that any row gives them: max of s_ij - log-sum-exp of row i
     S_i       what of always_t and list_t row i may see
@@ -140,7 +143,7 @@ def _chunk(p: Problem, k: Array, rows: slice) -> Chunk:
             allowed = allowed & (bias > -xp.inf)
             scores = scores + bias
     if p.rule.tile:
-        kept = _kept_by_tiles(p, scores, allowed, rows, key)
+        kept = _kept_by_tiles(p, scores, allowed, reachable, rows, key)
     else:
         kept = _kept(p, scores, allowed, reachable, key)
     return Chunk(rows, raw, scores, bias, allowed, kept)
@@ -160,11 +163,13 @@ def _kept(p: Problem, scores: Array, allowed: Array, reachable: Array, key: Arra
     return always | _top_k(scores, allowed & ~always, rule.top_k)
 
 
-def _kept_by_tiles(p: Problem, scores: Array, allowed: Array, rows: slice, key: Array) -> Array:
+def _kept_by_tiles(
+    p: Problem, scores: Array, allowed: Array, reachable: Array, rows: slice, key: Array
+) -> Array:
     """S_i = what of always_t u list_t row i may see, as a boolean matrix of the shape of `scores`."""
     xp = arrays.namespace(scores)
     allowed = xp.broadcast_to(allowed, scores.shape)
-    if p.keeps_all:
+    if p.keeps_all or scores.shape[-1] == 0:
         return allowed
     rule = p.rule
     share = log_share(scores, allowed)
@@ -173,16 +178,23 @@ def _kept_by_tiles(p: Problem, scores: Array, allowed: Array, rows: slice, key: 
     while start < num_rows:
         position = p.first_position + rows.start + start
         tile = slice(start, min(num_rows, start + rule.tile - position % rule.tile))
-        begin = position // rule.tile * rule.tile
-        always = (key < rule.sinks) | (key > begin - max(rule.window, 1))
+        seen = allowed[:, :, :, tile]
+        begin = _begin(seen & reachable[tile], key, position // rule.tile * rule.tile, rule.tile)
+        always = (key < rule.sinks) | (key > begin[..., None] - max(rule.window, 1))
         if rule.stride:
             always = always | (key % rule.stride == 0)
-        seen = allowed[:, :, :, tile]
         best = xp.amax(share[:, :, :, tile], (2, 3))
         chosen = always | _top_k(best, seen.any(3).any(2) & ~always, rule.top_k)
         kept[:, :, :, tile] = seen & chosen[:, :, None, None]
         start = tile.stop
     return kept
+
+
+def _begin(past: Array, key: Array, start: int, tile: int) -> Array:
+    """begin_t of the tile at `start`: [B, Hkv]. `past` is what its rows may see up to their positions."""
+    xp = arrays.namespace(past)
+    last = xp.amax(xp.where(past, key, -1), -1)
+    return xp.amin(xp.where(last < 0, start, last // tile * tile), (2, 3))
 
 
 def log_share(scores: Array, allowed: Array) -> Array:

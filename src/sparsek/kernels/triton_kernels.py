@@ -3,6 +3,11 @@
 Columns: a program that works on query rows has those of `TQ` positions and of all heads of one key head's
 group at once; column c is position c % TQ and head c // TQ, where heads are padded to a power of two.
 Scores are in base 2: scale * log2(e) * q.k, so that exp2 and log2 do for exp and log.
+
+Without RANGES every row sees all positions up to its own. With RANGES a mask lets it see the keys [start,
+stop) of `starts` and `stops`, int32 [B, Tq]. Two tables follow from these: `tiles`, int32 [B, tiles, 2], has
+the keys [low, window) that a tile chooses from, and `seen`, int32 [B, 2], those that any row sees. A row that
+sees anything sees a key at or after the window of its tile: of the keys before that, all from its start on.
 """
 
 # mypy: ignore-errors
@@ -16,8 +21,9 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 BLOCK: tl.constexpr = tl.constexpr(64)  # keys of a centroid
 # Largest number of queries and keys in few bits: products over 256 channels are then below float16's 65504.
 LIMIT: tl.constexpr = tl.constexpr(14.0)
-FLOOR: tl.constexpr = tl.constexpr(-32768)  # below every score, as `_ordered` has them
+FLOOR: tl.constexpr = tl.constexpr(-31745)  # float16's -inf, as `_ordered` has it: below every score
 NOTHING: tl.constexpr = tl.constexpr(-1e30)
+PAST: tl.constexpr = tl.constexpr(1 << 30)  # after every key
 
 
 # ---- Keys in few bits, and the means of blocks
@@ -34,23 +40,27 @@ def _unit(x, room: tl.constexpr):
 
 @triton.jit
 def prepare(
-    q, k, v, low, k_mean, low_mean, v_mean, units,
+    q, k, v, low, k_mean, low_mean, v_mean, units, seen,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     kv_heads, num_queries, num_keys, padded, num_blocks,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """Of BLOCKS blocks: the keys, centred, in the low-precision type; the means of keys and of values.
 
-    The centre and the units are those of 64 sampled keys and queries. Centring adds the same to all scores of
-    a row.
+    The centre and the units are those of 64 sampled queries and of 64 sampled keys, with RANGES of those that
+    rows see. Centring adds the same to all scores of a row.
     """
     ROWS: tl.constexpr = BLOCK * BLOCKS
     part, which = tl.program_id(0), tl.program_id(1).to(tl.int64)
     d, dv, sampled = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, 64).to(tl.int64)
     k += which // kv_heads * k_batch + which % kv_heads * k_head
     v += which // kv_heads * v_batch + which % kv_heads * v_head
-    at = sampled * num_keys // 64 * k_token
+    key = sampled * num_keys // 64
+    if RANGES:
+        start = tl.load(seen + which // kv_heads * 2)
+        key = start + sampled * (tl.load(seen + which // kv_heads * 2 + 1) - start) // 64
+    at = key * k_token
     sample = tl.load(k + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0).to(tl.float32)
     centre = tl.sum(sample, 0) / 64
     scale = _unit(sample - centre[None, :], 4)
@@ -102,6 +112,35 @@ def _queries(
 
 
 @triton.jit
+def _range(starts, stops, at, position, exists, RANGES: tl.constexpr):
+    """The first and the last key that rows see. Those of a row that sees nothing: PAST and -1."""
+    begin, last = tl.zeros_like(position), position
+    if RANGES:
+        begin = tl.load(starts + at, mask=exists, other=0)
+        last = tl.load(stops + at, mask=exists, other=0) - 1
+        begin = tl.where(begin <= last, begin, PAST)
+    return begin, last
+
+
+@triton.jit
+def _sees(j, begin, last, RANGES: tl.constexpr):
+    """Which rows see which keys: [rows, keys]."""
+    seen = j[None, :] <= last[:, None]
+    if RANGES:
+        seen = seen & (j[None, :] >= begin[:, None])
+    return seen
+
+
+@triton.jit
+def _candidates(tiles, at, start, WINDOW: tl.constexpr, RANGES: tl.constexpr):
+    """The keys [low, window) that the tile at position `start` chooses from."""
+    low, window = 0, tl.maximum(start - WINDOW + 1, 0)
+    if RANGES:
+        low, window = tl.load(tiles + at * 2), tl.load(tiles + at * 2 + 1)
+    return low, window
+
+
+@triton.jit
 def _factor(units, which, scale):
     """What makes base-2 scores of products in few bits."""
     return 1.0 / (tl.load(units + which * 2) * tl.load(units + which * 2 + 1)) * (scale * LOG2E)
@@ -119,10 +158,10 @@ def _accumulate(peak, total, scores):
 
 @triton.jit
 def normalise(
-    q, low, low_mean, units, low_q, normaliser,
+    q, low, low_mean, units, low_q, normaliser, starts, stops,
     q_batch, q_head, q_token, kv_heads, num_queries, padded, first, scale,
     G: tl.constexpr, T: tl.constexpr, TQ: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BN: tl.constexpr,
+    BN: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """Queries in few bits, and log2-sum-exp2 of every row, estimated: the first and the last blocks key by
     key, those between by their means."""
@@ -138,24 +177,37 @@ def normalise(
     tl.store(low_q + at[:, None] * BD + d[None, :], x)
     low += which * padded * BD
     low_mean += which * (padded // BLOCK) * BD
-    means = tl.maximum((start - BLOCK + 1) // BLOCK, 1)  # blocks [1, means) are taken by their means
-    y = tl.load(low + tl.minimum(n, padded - 1)[None, :] * BD + d[:, None])
-    scores = tl.dot(x, y) * factor
-    scores = tl.where((n[None, :] <= position[:, None]) & (n < BLOCK)[None, :], scores, NOTHING)
-    peak = tl.max(scores, 1)
-    total = tl.sum(tl.exp2(scores - peak[:, None]), 1)
-    for s in range(means * BLOCK, start + TQ, BN):
+    row = which // kv_heads * num_queries + position - first
+    begin, last = _range(starts, stops, row, position, exists, RANGES)
+    block, least, end = 0, start, start + TQ
+    if RANGES:
+        end = tl.max(last, 0) + 1
+        least = tl.minimum(tl.min(tl.where(last >= 0, last, PAST), 0), end)
+        block = tl.minimum(tl.min(begin, 0), end) // BLOCK
+    # Blocks between `block` and `means` are taken by their means. Those from `means` on hold the last 64 keys
+    # of every row, or all that it sees after `block`.
+    means = tl.maximum((least - BLOCK + 1) // BLOCK, block + 1)
+    peak = tl.full([TQ * GP], NOTHING, tl.float32)
+    total = tl.zeros([TQ * GP], tl.float32)
+    for s in range(block * BLOCK, block * BLOCK + BLOCK, BN):
+        j = s + n
+        y = tl.load(low + j.to(tl.int64)[None, :] * BD + d[:, None])
+        scores = tl.where(_sees(j, begin, last, RANGES), tl.dot(x, y) * factor, NOTHING)
+        peak, total = _accumulate(peak, total, scores)
+    for s in range(means * BLOCK, end, BN):
         j = s + n
         y = tl.load(low + tl.minimum(j, padded - 1).to(tl.int64)[None, :] * BD + d[:, None])
-        scores = tl.where(j[None, :] <= position[:, None], tl.dot(x, y) * factor, NOTHING)
+        scores = tl.where(_sees(j, begin, last, RANGES), tl.dot(x, y) * factor, NOTHING)
         peak, total = _accumulate(peak, total, scores)
-    for s in range(0, means, BN):
+    for s in range(block + 1, means, BN):
         b = s + n
         y = tl.load(low_mean + tl.minimum(b, padded // BLOCK - 1)[None, :] * BD + d[:, None])
-        inside = ((b >= 1) & (b < means))[None, :]
+        inside = (b < means)[None, :]
+        if RANGES:
+            inside = inside & ((b * BLOCK)[None, :] >= begin[:, None])
         scores = tl.where(inside, tl.dot(x, y) * factor + 6.0, NOTHING)  # log2 of BLOCK
         peak, total = _accumulate(peak, total, scores)
-    tl.store(normaliser + at, tl.where(exists, peak + tl.log2(total), 1e30))
+    tl.store(normaliser + at, tl.where(exists & (last >= 0), peak + tl.log2(total), 1e30))
 
 
 # ---- The scores of keys for a tile
@@ -163,15 +215,19 @@ def normalise(
 
 @triton.jit
 def score(
-    low_q, low, units, normaliser, scores, groups,
-    padded, first, slab, all_programs, scale,
-    T: tl.constexpr, TQ: tl.constexpr, GP: tl.constexpr, BD: tl.constexpr,
-    WINDOW: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    low_q, low, units, normaliser, scores, groups, starts, stops, tiles,
+    kv_heads, num_queries, padded, first, slab, all_programs, scale,
+    T: tl.constexpr, TQ: tl.constexpr, POSITIONS: tl.constexpr, GP: tl.constexpr, BD: tl.constexpr,
+    WINDOW: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, RANGES: tl.constexpr,
+    HIDDEN: tl.constexpr,
 ):  # fmt: skip
     """Of each key before the window of the tile: the largest share of the softmax that any of the columns
     gives it, as a logarithm. Keys are the rows of the product, so that the maximum over columns stays within
     a thread and its neighbours, and it is made in 16 bits, so that one instruction does two. With GROUP, also
-    the largest of every GROUP keys."""
+    the largest of every GROUP keys.
+
+    With RANGES it is launched twice: for the keys that all columns see that see any, and with HIDDEN for the
+    keys before these. In one loop the registers of the mask would slow all down."""
     local, which = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
     program = slab + local
     start = first // T * T + program * TQ
@@ -180,14 +236,34 @@ def score(
     x = tl.trans(tl.load(low_q + at[:, None] * BD + d[None, :]))
     factor = _factor(units, which, scale)
     shift = tl.load(normaliser + at) / factor
-    shift = tl.clamp(shift, -60000.0, 60000.0).to(tl.float16)
-    end = tl.maximum(start // T * T - WINDOW + 1, 0)
+    table = which // kv_heads * (all_programs // (T // TQ)) + program // (T // TQ)
+    free, end = _candidates(tiles, table, start // T * T, WINDOW, RANGES)
     row = which * tl.num_programs(0) + local
     scores += row * padded
     keys = low + which * padded * BD + n[:, None] * BD + d[None, :]
-    for s in tl.range(0, end, BN, num_stages=STAGES):
-        product = tl.dot(tl.load(keys), x, out_dtype=tl.float16)
-        best = tl.maximum(tl.max(product - shift[None, :], 1).to(tl.float32) * factor, -60000.0)
+    if RANGES:
+        c = tl.arange(0, TQ * GP)  # in the order of `normalise`, whose programs have POSITIONS positions
+        position = start + c // (POSITIONS * GP) * POSITIONS + c % POSITIONS
+        exists = (position >= first) & (position < first + num_queries)
+        at = which // kv_heads * num_queries + position - first
+        begin, _ = _range(starts, stops, at, position, exists, RANGES)
+        counts = begin < end  # columns that see some of these keys
+        shift = tl.where(counts, shift, 60000.0)
+        least = tl.min(begin, 0)
+        most = tl.where(least < end, tl.max(tl.where(counts, begin, 0), 0), end)
+        hidden = free // BN * BN
+        free = tl.maximum((most + BN - 1) // BN * BN, hidden)
+        if HIDDEN:
+            free, end = hidden, free
+        keys += free.to(tl.int64) * BD
+    shift = tl.clamp(shift, -60000.0, 60000.0).to(tl.float16)
+    for s in tl.range(free, end, BN, num_stages=STAGES):
+        product = tl.dot(tl.load(keys), x, out_dtype=tl.float16) - shift[None, :]
+        if HIDDEN:
+            product = tl.where((s + n)[:, None] >= begin[None, :], product, float("-inf"))
+        best = tl.maximum(tl.max(product, 1).to(tl.float32) * factor, -60000.0)
+        if HIDDEN:
+            best = tl.where(s + n >= least, best, float("-inf"))
         tl.store(scores + s + n, best.to(tl.float16))
         if GROUP:
             best = tl.max(tl.reshape(best, [BN // GROUP, GROUP]), 1)
@@ -249,20 +325,23 @@ def _largest_of(source, at, mask, row_size, SUBS: tl.constexpr):
 
 @triton.jit
 def choose(
-    scores, groups, lists, counts, hits, tail, padded, first, slab, all_tiles,
+    scores, groups, lists, counts, hits, tail, tiles, kv_heads, padded, first, slab, all_tiles,
     T: tl.constexpr, SUBS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     SINK_SLOTS: tl.constexpr, K: tl.constexpr,
     SIZE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+    RANGES: tl.constexpr,
 ):  # fmt: skip
     """The list of a tile: its K best keys in rising order, then the sinks. And of each block log2 of the
     number of keys that are neither in the list nor in the window, which the tail needs.
 
     With GROUPS, the groups of GROUP keys are chosen first by their largest scores: the K best keys are in
-    the K best groups. `hits` has a byte for each block.
+    the K best groups (one of which may be there for a sink: then a key near the K-th is lost). `hits` has a
+    byte for each block.
     """
     local, which = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
     tile = slab + local
-    end = tl.maximum((first // T + tile) * T - WINDOW + 1, 0)
+    table = which // kv_heads * all_tiles + tile
+    low, end = _candidates(tiles, table, (first // T + tile) * T, WINDOW, RANGES)
     scores += (which * tl.num_programs(0) + local) * SUBS * padded
     lists += (which * all_tiles + tile) * SIZE
     words = padded // (4 * BLOCK)
@@ -272,7 +351,10 @@ def choose(
     if GROUPS:
         groups += (which * tl.num_programs(0) + local) * SUBS * (padded // GROUP)
         g = tl.arange(0, GROUPS // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
-        x = _largest_of(groups, g, g * GROUP < end, padded // GROUP, SUBS)
+        inside = g * GROUP < end
+        if RANGES:
+            inside = inside & (g * GROUP + GROUP > low)
+        x = _largest_of(groups, g, inside, padded // GROUP, SUBS)
         chosen, place, _, count = _choose(x, K)
         tl.store(lists + place, g, mask=chosen)
         tl.debug_barrier()
@@ -282,7 +364,10 @@ def choose(
         inside = r * GROUP < end
         group = r
     j = group[:, None] * GROUP + e[None, :]
-    x = _largest_of(scores, j, inside[:, None] & (j < end) & (j >= SINKS), padded, SUBS)
+    candidates = inside[:, None] & (j < end) & (j >= SINKS)
+    if RANGES:
+        candidates = candidates & (j >= low)
+    x = _largest_of(scores, j, candidates, padded, SUBS)
     tl.debug_barrier()
     chosen, place, of_row, count = _choose(x, K)
     tl.store(lists + place, j, mask=chosen)
@@ -318,12 +403,13 @@ def _attend(values, peak, total, acc, scores):
 
 @triton.jit
 def attend(
-    q, k, v, k_mean, v_mean, lists, counts, tail, out,
+    q, k, v, k_mean, v_mean, lists, counts, tail, out, starts, stops, tiles,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
     kv_heads, num_queries, num_keys, padded, num_blocks, first, all_tiles, scale,
     G: tl.constexpr, T: tl.constexpr, TQ: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     WINDOW: tl.constexpr, SIZE: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, INT64: tl.constexpr,
+    RANGES: tl.constexpr,
 ):  # fmt: skip
     """Softmax attention of the columns at TQ positions over what their tile keeps."""
     program, which = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -337,7 +423,13 @@ def attend(
     v += which // kv_heads * v_batch + which % kv_heads * v_head
     lists += (which * all_tiles + tile) * SIZE
     count = tl.load(counts + which * all_tiles + tile)
-    window = tl.maximum(start // T * T - WINDOW + 1, 0)
+    table = which // kv_heads * all_tiles + tile
+    _, window = _candidates(tiles, table, start // T * T, WINDOW, RANGES)
+    at = which // kv_heads * num_queries + position - first
+    begin, last = _range(starts, stops, at, position, exists, RANGES)
+    end = tl.minimum(start + TQ, num_keys)
+    if RANGES:
+        end = tl.max(last, 0) + 1
     factor = scale * LOG2E
     peak = tl.full([TQ * GP], NOTHING, tl.float32)
     total = tl.zeros([TQ * GP], tl.float32)
@@ -348,16 +440,19 @@ def attend(
         if INT64:
             j = j.to(tl.int64)
         y = tl.load(k + j[None, :] * k_token + d[:, None], mask=(d < D)[:, None], other=0)
-        scores = tl.where(inside[None, :], tl.dot(x, y) * factor, NOTHING)
+        seen = inside[None, :]
+        if RANGES:
+            seen = seen & (j[None, :] >= begin[:, None])
+        scores = tl.where(seen, tl.dot(x, y) * factor, NOTHING)
         values = tl.load(v + j[:, None] * v_token + dv[None, :], mask=(dv < DV)[None, :], other=0)
         peak, total, acc = _attend(values, peak, total, acc, scores)
-    for s in range(window, tl.minimum(start + TQ, num_keys), BN):
+    for s in range(window, end, BN):
         j = s + n
         if INT64:
             j = j.to(tl.int64)
         inside = j < num_keys
         y = tl.load(k + j[None, :] * k_token + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0)
-        scores = tl.where(j[None, :] <= position[:, None], tl.dot(x, y) * factor, NOTHING)
+        scores = tl.where(_sees(j, begin, last, RANGES), tl.dot(x, y) * factor, NOTHING)
         values = tl.load(
             v + j[:, None] * v_token + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0
         )
@@ -366,14 +461,18 @@ def attend(
         tail += (which * all_tiles + tile) * (padded // BLOCK)
         k_mean += which * num_blocks * D
         v_mean += which * num_blocks * DV
-        below = window // BLOCK // BN * BN  # these blocks every row sees whole
-        for s in range(0, below, BN):
-            b = s + n
-            y = tl.load(k_mean + b[None, :] * D + d[:, None], mask=(d < D)[:, None], other=0)
-            scores = tl.dot(x, y) * factor + tl.load(tail + b).to(tl.float32)[None, :]
-            values = tl.load(v_mean + b[:, None] * DV + dv[None, :], mask=(dv < DV)[None, :], other=0)
-            peak, total, acc = _attend(values, peak, total, acc, scores)
-        blocks = tl.minimum((start + TQ) // BLOCK, num_blocks)
+        if RANGES:
+            below = tl.min(begin, 0) // BLOCK
+            blocks = end // BLOCK
+        else:
+            below = window // BLOCK // BN * BN  # these blocks every row sees whole
+            for s in range(0, below, BN):
+                b = s + n
+                y = tl.load(k_mean + b[None, :] * D + d[:, None], mask=(d < D)[:, None], other=0)
+                scores = tl.dot(x, y) * factor + tl.load(tail + b).to(tl.float32)[None, :]
+                values = tl.load(v_mean + b[:, None] * DV + dv[None, :], mask=(dv < DV)[None, :], other=0)
+                peak, total, acc = _attend(values, peak, total, acc, scores)
+            blocks = tl.minimum((start + TQ) // BLOCK, num_blocks)
         for s in range(below, blocks, BN):
             b = s + n
             inside = b < blocks
@@ -381,7 +480,9 @@ def attend(
                 k_mean + b[None, :] * D + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0
             )
             scores = tl.dot(x, y) * factor + tl.load(tail + b, mask=inside, other=0).to(tl.float32)[None, :]
-            whole = inside[None, :] & ((b * BLOCK + BLOCK - 1)[None, :] <= position[:, None])
+            whole = inside[None, :] & ((b * BLOCK + BLOCK - 1)[None, :] <= last[:, None])
+            if RANGES:
+                whole = whole & ((b * BLOCK)[None, :] >= begin[:, None])
             scores = tl.where(whole, scores, NOTHING)
             values = tl.load(
                 v_mean + b[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0
@@ -389,5 +490,8 @@ def attend(
             peak, total, acc = _attend(values, peak, total, acc, scores)
     row, head = position - first, tl.arange(0, TQ * GP) // TQ
     at = which // kv_heads * o_batch + (which % kv_heads * G + head) * o_head + row.to(tl.int64) * o_token
-    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    result = acc / total[:, None]
+    if RANGES:
+        result = tl.where((last >= 0)[:, None], result, 0.0)
+    result = result.to(out.dtype.element_ty)
     tl.store(out + at[:, None] + dv[None, :], result, mask=exists[:, None] & (dv < DV)[None, :])

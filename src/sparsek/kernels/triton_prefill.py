@@ -11,6 +11,8 @@ The passes, for B x Hkv key heads side by side (kernels in triton_kernels.py):
 Nothing of size Tq x Tk is kept for each head: scores are Tq/tile x Tk in 16 bits for each key head, and made
 and used up in slabs of tiles. Selection is not exact: products are in 8 bits and the log-sum-exp is an
 estimate, which moves keys around the K-th. What is chosen is attended to in the precision of the inputs.
+
+A mask is taken as two numbers a row (key_ranges.py), so it must let each row see one range of keys.
 """
 
 from __future__ import annotations
@@ -73,9 +75,9 @@ def _why_not_so(p: Problem) -> str | None:
     values = p.k if p.v is None else p.v
     reasons = {
         f"the dtype is {dtype}": dtype not in _DTYPES,
-        "attention is not causal": not p.is_causal,
-        "there is a mask": p.mask is not None,
+        "attention is not causal": not p.is_causal and p.mask is None,
         "softcap is given": p.softcap is not None,
+        "scale is negative": p.scale < 0,
         "stride is given": p.rule.stride > 0,
         f"top_k is more than {_TOP_K}": p.rule.top_k > _TOP_K,
         f"sinks are more than {_SINKS}": p.rule.sinks > _SINKS,
@@ -85,9 +87,12 @@ def _why_not_so(p: Problem) -> str | None:
         "there are more queries than keys": p.first_position < 0,
         "there is nothing to compute": 0 in p.q.shape or 0 in values.shape,
         "a gradient is wanted": torch.is_grad_enabled()
-        and any(x is not None and x.requires_grad for x in (p.q, p.k, p.v)),
+        and any(x is not None and x.requires_grad for x in (p.q, p.k, p.v, p.mask)),
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is None and p.mask is not None and p.ranges is None:  # last: it looks at the whole mask
+        return "the mask is not one range of keys for each row"
+    return reason
 
 
 def attention(p: Problem) -> Array:
@@ -149,6 +154,15 @@ class _Call:
         self.first = p.first_position
         self.tiles = -(-(self.first + p.num_queries) // p.rule.tile) - self.first // p.rule.tile
         self.lanes = batch * self.kv_heads  # work side by side
+        self.masked = p.ranges is not None
+        self.ranges: tuple[Any, Any] = (None, None)
+        self.of_tiles: Any = None
+        self.of_all: Any = None
+        if p.ranges is not None:
+            of_whole = None if p.whole is None else p.whole.ranges
+            self.ranges = p.ranges
+            self.of_tiles = self._of_tiles(*p.ranges)
+            self.of_all = self._of_all(*(of_whole or p.ranges))
 
         low = _low_dtype(p.q)
         self.group_slots = _power_of_2(self.group)
@@ -186,6 +200,29 @@ class _Call:
         self.groups = empty(*rows, self.padded // _GROUP, dtype=torch.float16)
         self.hits = empty(self.lanes, self.tiles, self.padded // 256, dtype=torch.int32)
 
+    def _of_tiles(self, starts: Array, stops: Array) -> Array:
+        """[B, tiles, 2]: the first key that some row of a tile sees, and the first of the tile's window."""
+        torch = sys.modules["torch"]
+        tile, none = self.p.rule.tile, self.p.num_keys
+        before = self.first % tile
+        after = self.tiles * tile - before - self.p.num_queries
+
+        def least(of_rows: Array) -> Array:
+            of_rows = torch.where(starts < stops, of_rows, none)
+            of_rows = torch.nn.functional.pad(of_rows, (before, after), value=none)
+            return of_rows.view(-1, self.tiles, tile).amin(2)
+
+        own = torch.arange(self.tiles, dtype=torch.int32, device=starts.device) * tile + self.first - before
+        begin = torch.minimum(least((stops - 1) // tile * tile), own)
+        window = (begin - self.window + 1).clamp(min=0)
+        return torch.stack((torch.minimum(least(starts), window), window), 2)
+
+    def _of_all(self, starts: Array, stops: Array) -> Array:
+        """[B, 2]: the keys [start, stop) that the rows see."""
+        torch = sys.modules["torch"]
+        start = torch.where(starts < stops, starts, self.p.num_keys).amin(1)
+        return torch.stack((torch.minimum(start, stops.amax(1)), stops.amax(1)), 1)
+
     def run(self) -> Array:
         out = self.p.q.new_empty((*self.p.q.shape[:3], self.value_size))
         self.choose()
@@ -214,8 +251,13 @@ class _Call:
         kept = torch.zeros((*lists.shape[:3], p.num_keys + 1), dtype=torch.bool, device=p.q.device)
         kept = kept.scatter_(3, lists, True)[..., : p.num_keys][:, :, tile - tile[0]]
         key = torch.arange(p.num_keys, device=p.q.device)
-        kept |= key > (tile * p.rule.tile - self.window)[:, None]
-        kept &= key <= position[:, None]
+        if p.ranges is None:
+            kept |= key > (tile * p.rule.tile - self.window)[:, None]
+            kept &= key <= position[:, None]
+        else:
+            starts, stops = p.ranges
+            kept |= (key >= self.of_tiles[:, tile - tile[0], 1, None])[:, None]
+            kept &= ((key >= starts[..., None]) & (key < stops[..., None]))[:, None]
         return Selection.from_kept(kept.repeat_interleave(self.group, 1), p.rule.max_kept(p.num_keys))
 
     # ---- The passes
@@ -233,41 +275,44 @@ class _Call:
     def _prepare(self) -> None:
         blocks = 2 if self.low.shape[2] <= 128 else 1
         self.kernels.prepare[self.padded // 64 // blocks, self.lanes](
-            self.q, self.k, self.v, self.low, self.k_mean, self.low_mean, self.v_mean, self.units,
+            self.q, self.k, self.v, self.low, self.k_mean, self.low_mean, self.v_mean,
+            self.units, self.of_all,
             *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3],
             self.kv_heads, self.p.num_queries, self.p.num_keys, self.padded, self.blocks,
             G=self.group, D=self.head_size, DV=self.value_size, BD=self.low.shape[2], BDV=self.value_slots,
-            BLOCKS=blocks,
+            BLOCKS=blocks, RANGES=self.masked,
         )  # fmt: skip
 
     def _normalise(self) -> None:
         self.kernels.normalise[self.tiles * self.parts, self.lanes](
-            self.q, self.low, self.low_mean, self.units, self.low_q, self.normaliser,
+            self.q, self.low, self.low_mean, self.units, self.low_q, self.normaliser, *self.ranges,
             *self.q.stride()[:3], self.kv_heads, self.p.num_queries, self.padded, self.first, self.p.scale,
-            **self._columns(), **self.launch.normalise,
+            **self._columns(), RANGES=self.masked, **self.launch.normalise,
         )  # fmt: skip
 
     def _score(self, start: int, tiles: int) -> None:
-        self.kernels.score[tiles * self.score_parts, self.lanes](
-            self.low_q, self.low, self.units, self.normaliser, self.scores, self.groups,
-            self.padded, self.first, start * self.score_parts, self.tiles * self.score_parts, self.p.scale,
-            T=self.p.rule.tile, TQ=self.score_positions, GP=self.group_slots, BD=self.low.shape[2],
-            WINDOW=self.window, GROUP=_GROUP if self._grouped(start, tiles) else 0,
-            **self.launch.score,
-        )  # fmt: skip
+        for hidden in (False, True) if self.masked else (False,):
+            self.kernels.score[tiles * self.score_parts, self.lanes](
+                self.low_q, self.low, self.units, self.normaliser, self.scores, self.groups, *self.ranges,
+                self.of_tiles, self.kv_heads, self.p.num_queries, self.padded, self.first,
+                start * self.score_parts, self.tiles * self.score_parts, self.p.scale,
+                T=self.p.rule.tile, TQ=self.score_positions, POSITIONS=self.positions, GP=self.group_slots,
+                BD=self.low.shape[2], WINDOW=self.window, GROUP=_GROUP if self._grouped(start, tiles) else 0,
+                RANGES=self.masked, HIDDEN=hidden, **self.launch.score,
+            )  # fmt: skip
 
     def _choose(self, start: int, tiles: int) -> None:
         rule = self.p.rule
         groups = -(-self._end(start, tiles) // _GROUP)
         grouped = self._grouped(start, tiles)
         self.kernels.choose[tiles, self.lanes](
-            self.scores, self.groups, self.lists, self.counts, self.hits, self.tail,
-            self.padded, self.first, start, self.tiles,
+            self.scores, self.groups, self.lists, self.counts, self.hits, self.tail, self.of_tiles,
+            self.kv_heads, self.padded, self.first, start, self.tiles,
             T=rule.tile, SUBS=self.score_parts, WINDOW=self.window, SINKS=rule.sinks,
             SINK_SLOTS=_power_of_2(rule.sinks), K=rule.top_k, SIZE=self.size, GROUP=_GROUP,
             GROUPS=max(32, _power_of_2(groups)) if grouped else 0,
             ROWS=max(16, _power_of_2(rule.top_k if grouped else groups)),
-            WORDS=_power_of_2(self.padded // 256), num_warps=8,
+            WORDS=_power_of_2(self.padded // 256), RANGES=self.masked, num_warps=8,
         )  # fmt: skip
 
     def _end(self, start: int, tiles: int) -> int:
@@ -281,11 +326,12 @@ class _Call:
         p = self.p
         self.kernels.attend[self.tiles * self.parts, self.lanes](
             self.q, self.k, self.v, self.k_mean, self.v_mean, self.lists, self.counts, self.tail, out,
+            *self.ranges, self.of_tiles,
             *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *out.stride()[:3],
             self.kv_heads, p.num_queries, p.num_keys, self.padded, self.blocks, self.first, self.tiles,
             p.scale,
             **self._columns(), DV=self.value_size, BDV=self.value_slots,
-            WINDOW=self.window, SIZE=self.size, TAIL=p.rule.tail == "centroid",
+            WINDOW=self.window, SIZE=self.size, TAIL=p.rule.tail == "centroid", RANGES=self.masked,
             INT64=max(self._reach(self.k), self._reach(self.v)) >= 2**31, **self.launch.attend,
         )  # fmt: skip
 

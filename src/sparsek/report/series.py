@@ -161,7 +161,7 @@ def budget(record: Record) -> float:
     """K as a number; a mean where it is given per layer."""
     config = SparseKConfig.from_dict(record["config"])
     context = record.get("context") or record.get("n_prompt", 0)
-    budgets: Any = fixed(config, context).top_k
+    budgets: Any = fixed(config, context, record.get("device", "cpu")).top_k
     return statistics.fmean(budgets if isinstance(budgets, tuple) else (budgets,))
 
 

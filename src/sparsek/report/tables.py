@@ -25,3 +25,8 @@ def _is_number(text: str) -> bool:
 def with_error(value: float, error: float | None) -> str:
     """`0.0123 ± 0.0004`; without an error the value alone."""
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def milliseconds(ms: float) -> str:
+    """Two decimals; below 1 ms four."""
+    return f"{ms:.2f}" if ms >= 1 else f"{ms:.4f}"

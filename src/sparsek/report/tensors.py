@@ -76,6 +76,7 @@ def small_rule(config: SparseKConfig, top_k: int) -> SparseKConfig:
         tail="none",
         dense_layers=(),
         min_context=0,
+        select="query",
     )
 
 

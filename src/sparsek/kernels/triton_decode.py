@@ -1,0 +1,316 @@
+"""Sparse-K attention for steps of generation on GPUs: one list of keys for each key head, in Triton.
+
+A step reads all of K and V if nothing is known about them. An index is kept next to the cache: the keys in 4
+bits and the means of blocks of 64 keys and values, an eighth of the cache's bytes together. The passes
+(kernels in triton_decode_kernels.py), for B x Hkv key heads side by side and all parts of the cache at once:
+
+    append   new keys into the index
+    survey   scores of the means of blocks; log-sum-exp of every row, estimated; the sinks and the window
+    score    every key: the largest share of the softmax that a row gives it; a histogram of the shares
+    attend   softmax over those of the `top_k` best keys, and the means of those blocks, that are in a part
+    combine  the parts
+
+What is kept is what `select = "tile"` means for a tile of which one row is there. Selection is not exact:
+products are in 4 and 8 bits, shares are compared in steps of a sixteenth of a factor of two, and the
+log-sum-exp is an estimate. What is chosen is attended to in the precision of the inputs.
+
+Where the keys begin and end is read on the GPU and all memory is the index's, so that steps can be captured
+in a CUDA graph: see `DecodeIndex`.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..arrays import Array
+from ..policy import Rule
+from ..problem import Problem
+from ..selection import Selection
+from . import triton_prefill
+from .triton_prefill import _interpreted as interpreted
+from .triton_prefill import _power_of_2 as power_of_2
+
+TAKES = "steps of generation on CUDA tensors of 16 bits, with a KeyIndex, where keys are chosen by tiles"
+
+_BLOCK: Final = 64
+_CHUNKS: Final = (1024, 2048)  # least and most keys of a part
+_PARTS: Final = 512  # that fill a card
+_MEANS: Final = 128  # blocks of a part of `survey`
+_BINS: Final = 512
+_PER_BIT: Final = 16
+_COLUMNS: Final = 16
+_SAMPLE: Final = 2048  # keys that centres and units are taken from
+# Launches, measured on an H100.
+_SURVEY: Final[dict[str, Any]] = {"num_warps": 2}
+_SCORE: Final[dict[str, Any]] = {"BN": 256, "STAGES": 3, "num_warps": 4}
+_ATTEND: Final[dict[str, Any]] = {"BN": 16, "num_warps": 2}
+_COMBINE: Final[dict[str, Any]] = {"BN": 32, "num_warps": 1}
+_OVERLAP: Final = (9, 0)  # compute capability from which passes can overlap
+_UNIT: Final = 0.335  # standard deviations between two of 16 levels: least error for normal numbers
+
+
+def why_not(p: Problem) -> str | None:
+    """Why this kernel cannot do the call, or None when it can."""
+    if p.num_queries != 1:
+        return "there is more than one query"
+    if p.index is None:
+        return "there is no index of the keys"
+    return triton_prefill.why_not(p)
+
+
+def attention(p: Problem) -> Array:
+    """Sparse-K attention: [B, H, 1, Dv] in the dtype of q."""
+    index, step = _ready(p)
+    out = p.q.new_empty((*p.q.shape[:3], _values(p).shape[3]))
+    index.attend(p.q, p.k, _values(p), out, step)
+    return out
+
+
+def select(p: Problem) -> Selection:
+    """The keys that `attention` keeps."""
+    index, step = _ready(p)
+    return index.select(p.q, p.k, step)
+
+
+def _values(p: Problem) -> Array:
+    return p.k if p.v is None else p.v
+
+
+def _ready(p: Problem) -> tuple[DecodeIndex, Step]:
+    """The index with all keys in it, and the step."""
+    assert p.index is not None
+    index, v = p.index.gpu, _values(p)
+    if index is None or not index.fits(p.k, v):
+        room = p.num_keys + p.num_keys // 4
+        index = p.index.gpu = DecodeIndex(p.k, v, room)
+    index.extend(p.k, v, p.num_keys)
+    if p.ranges is None:
+        return index, Step(index.lengths, index.starts, p.scale, p.rule)
+    starts, stops = (x[:, 0].contiguous() for x in p.ranges)
+    return index, Step(stops, starts, p.scale, p.rule)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step sees and keeps.
+
+    lengths, starts: int32 [B], on the GPU: batch entry b sees the keys [starts[b], lengths[b]), of which the
+    last has the position of its query. scale: factor of q.k.
+    """
+
+    lengths: Array
+    starts: Array
+    scale: float
+    rule: Rule
+
+
+class DecodeIndex:
+    """What is known of the keys and values of one layer's cache, for up to `capacity` tokens, and the memory
+    that a step works in. k [B, Hkv, tokens, D], v [B, Hkv, tokens, Dv].
+
+    In a CUDA graph, with k and v in which all tokens have their place already:
+
+        index = DecodeIndex(k, v, capacity=k.shape[2])
+        index.extend(k, v, length)  # the prompt, before the graph
+        step = Step(lengths, starts, scale, rule)
+        # in the graph: write a token to k and v, add 1 to lengths, then
+        index.append(k, v, lengths, 1)
+        index.attend(q, k, v, out, step)
+    """
+
+    def __init__(self, k: Array, v: Array, capacity: int) -> None:
+        from . import triton_decode_kernels  # needs Triton, which only GPU kernels do
+
+        self.kernels: Any = triton_decode_kernels
+        self.batch, self.kv_heads, _, self.head_size = k.shape
+        self.value_size = v.shape[3]
+        work = power_of_2(self.batch * self.kv_heads * capacity // _PARTS)
+        self.chunk = min(max(work, _CHUNKS[0]), _CHUNKS[1])
+        self.parts = -(-capacity // self.chunk)
+        self.capacity = self.parts * self.chunk
+        self.length = 0
+        self._calibrated = 0  # from so many tokens
+        self._dtype, self._device = k.dtype, k.device
+        self._overlap = k.is_cuda and sys.modules["torch"].cuda.get_device_capability(k.device) >= _OVERLAP
+        self._slots = max(64, power_of_2(self.head_size))
+        self._value_slots = max(16, power_of_2(self.value_size))
+        torch = sys.modules["torch"]
+        blocks = self.capacity // _BLOCK
+        self.low = self._empty(self.capacity, self._slots // 2, dtype=torch.uint8)
+        self.centre = self._empty(self._slots, dtype=torch.float32)
+        self.unit = self._empty(self._slots, dtype=torch.float32)
+        self.k_mean = self._empty(blocks, self.head_size, dtype=k.dtype)
+        self.v_mean = self._empty(blocks, self.value_size, dtype=k.dtype)
+        self._make_work()
+
+    def _empty(self, *shape: int, dtype: Any) -> Array:
+        torch = sys.modules["torch"]
+        return torch.empty((self.batch * self.kv_heads, *shape), dtype=dtype, device=self._device)
+
+    def _make_work(self) -> None:
+        """The memory of a step."""
+        torch = sys.modules["torch"]
+        parts = self.parts + 1  # the last has the sinks and the window
+        self.num_norms = -(-self.capacity // (_BLOCK * _MEANS)) + 1
+        self.lengths = torch.zeros(self.batch, dtype=torch.int32, device=self._device)
+        self.starts = torch.zeros_like(self.lengths)
+        self._filled = 0  # what `lengths` holds
+        self.mean_scores = self._empty(self.capacity // _BLOCK, _COLUMNS, dtype=torch.float32)
+        self.norms = self._empty(self.num_norms, 2, _COLUMNS, dtype=torch.float32)
+        self.histogram = self._empty(_BINS, dtype=torch.int32)
+        self.shares = self._empty(self.capacity, dtype=torch.float16)
+        self.below = self._empty(self.parts, _BINS, dtype=torch.int16)
+        self.lists = self._empty(self.capacity, dtype=torch.int32)
+        self.peaks = self._empty(parts, _COLUMNS, dtype=torch.float32)
+        self.totals = self._empty(parts, _COLUMNS, dtype=torch.float32)
+        self.sums = self._empty(parts, _COLUMNS, self.value_size, dtype=torch.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of GPU memory."""
+        torch = sys.modules["torch"]
+        return sum(x.nbytes for x in vars(self).values() if isinstance(x, torch.Tensor))
+
+    def fits(self, k: Array, v: Array) -> bool:
+        """Whether it can be the index of k and v."""
+        mine = self.batch, self.kv_heads, self.head_size, self.value_size, self._dtype, self._device
+        theirs = k.shape[0], k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device
+        return mine == theirs and k.shape[2] <= self.capacity
+
+    # ---- The cache grows, shrinks, changes places
+
+    def extend(self, k: Array, v: Array, length: int) -> None:
+        """Take up the tokens that are new among the first `length`."""
+        if self._calibrated < min(length // 4, _SAMPLE):  # what few tokens told is not good for many
+            self._calibrate(k[:, :, :length])
+            self.length = 0
+        if self._filled != length:
+            self.lengths.fill_(length)
+            self._filled = length
+        if length > self.length:
+            self.append(k, v, self.lengths, length - self.length)
+        self.length = length
+
+    def _calibrate(self, k: Array) -> None:
+        """Centres and units of the channels, from a sample of the keys."""
+        torch = sys.modules["torch"]
+        self._calibrated = k.shape[2]
+        sample = k[:, :, :: -(-k.shape[2] // _SAMPLE)].flatten(0, 1).float()
+        spread, centre = torch.std_mean(sample, 1, correction=0)
+        self.centre.zero_()[:, : self.head_size] = centre
+        self.unit.fill_(1.0)[:, : self.head_size] = (spread * _UNIT).clamp_min(1e-6)
+
+    def append(self, k: Array, v: Array, lengths: Array, count: int) -> None:
+        """Take up the last `count` of the first lengths [B] tokens of each batch entry."""
+        k, v = _rows(k), _rows(v)
+        blocks = 1 if count == 1 else count // _BLOCK + 2
+        self.kernels.append[blocks, self.batch * self.kv_heads](
+            k, v, self.low, self.centre, self.unit, self.k_mean, self.v_mean, lengths,
+            *k.stride()[:3], *v.stride()[:3], self.kv_heads, count, self.capacity,
+            D=self.head_size, DV=self.value_size, BD=self._slots, BDV=self._value_slots,
+        )  # fmt: skip
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on."""
+        self.length = min(self.length, length)
+
+    def reorder(self, entries: Sequence[int]) -> None:
+        """Batch entry i becomes what entry entries[i] was."""
+        torch = sys.modules["torch"]
+        heads = torch.arange(self.kv_heads)
+        lanes = torch.as_tensor(entries)[:, None] * self.kv_heads + heads
+        lanes = lanes.flatten().to(self._device)
+        self.batch = len(entries)
+        for name in ("low", "centre", "unit", "k_mean", "v_mean"):
+            setattr(self, name, getattr(self, name)[lanes])
+        self._make_work()
+
+    def copy(self) -> DecodeIndex:
+        """One that goes its own way."""
+        torch = sys.modules["torch"]
+        twin = copy.copy(self)
+        for name, x in vars(self).items():
+            if isinstance(x, torch.Tensor):
+                setattr(twin, name, x.clone())
+        return twin
+
+    # ---- A step
+
+    def attend(self, q: Array, k: Array, v: Array, out: Array, step: Step) -> None:
+        """Sparse-K attention of q [B, H, 1, D] into out [B, H, 1, Dv]; no synchronisation, no new memory."""
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        self._score(q, k, step)
+        lanes, group = self.batch * self.kv_heads, q.shape[1] // self.kv_heads
+        rule = step.rule
+        self.kernels.attend[self.parts + 1, lanes](
+            q, k, v, self.v_mean, self.mean_scores, step.lengths, step.starts, self.shares, self.histogram,
+            self.below, self.lists, self.peaks, self.totals, self.sums,
+            *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], self.kv_heads, self.capacity, step.scale,
+            **self._sizes(group), **self._values_sizes(), **_window(rule), SINKS=rule.sinks,
+            K=rule.top_k, TAIL=rule.tail == "centroid", CHUNK=self.chunk, PARTS=power_of_2(self.parts),
+            **_ATTEND, **self._follows(),
+        )  # fmt: skip
+        self.kernels.combine[group, lanes](
+            self.peaks, self.totals, self.sums, step.lengths, step.starts, out, *out.stride()[:2],
+            self.kv_heads, self.parts,
+            G=group, **self._values_sizes(), **_window(rule), CHUNK=self.chunk,
+            **_COMBINE, **self._follows(),
+        )  # fmt: skip
+
+    def _score(self, q: Array, k: Array, step: Step) -> None:
+        """The passes up to the shares of all keys and their histogram."""
+        lanes, sizes = self.batch * self.kv_heads, self._sizes(q.shape[1] // self.kv_heads)
+        self.kernels.survey[self.num_norms, lanes](
+            q, k, self.k_mean, step.lengths, step.starts, self.mean_scores, self.norms, self.histogram,
+            *q.stride()[:2], *k.stride()[:3], self.kv_heads, self.capacity, step.scale,
+            **sizes, **_window(step.rule), MEANS=_MEANS, OVERLAP=self._overlap, **_SURVEY,
+        )  # fmt: skip
+        self.kernels.score[self.parts, lanes](
+            q, self.low, self.centre, self.unit, self.norms, step.lengths, step.starts, self.shares,
+            self.histogram, self.below,
+            *q.stride()[:2], self.kv_heads, self.capacity, self.num_norms, step.scale,
+            **sizes, **_window(step.rule), SINKS=step.rule.sinks, CHUNK=self.chunk,
+            NORMS=power_of_2(self.num_norms), PACKED=not interpreted(),
+            **_SCORE, **self._follows(),
+        )  # fmt: skip
+
+    def _follows(self) -> dict[str, bool]:
+        """For a pass that starts while the one before it still runs."""
+        return {"OVERLAP": self._overlap, "launch_pdl": self._overlap}
+
+    def _sizes(self, group: int) -> dict[str, int]:
+        return {"G": group, "D": self.head_size, "BD": self._slots}
+
+    def _values_sizes(self) -> dict[str, int]:
+        return {"DV": self.value_size, "BDV": self._value_slots}
+
+    def select(self, q: Array, k: Array, step: Step) -> Selection:
+        """The keys that `attend` keeps, chosen again from the shares."""
+        torch = sys.modules["torch"]
+        self._score(_rows(q), _rows(k), step)
+        rule, num_keys = step.rule, k.shape[2]
+        j = torch.arange(num_keys, device=k.device)
+        starts, lengths = (x.long()[:, None, None] for x in (step.starts, step.lengths))
+        window = ((lengths - 1) // rule.tile * rule.tile - max(rule.window, 1) + 1).clamp_min(0)
+        seen = (j >= starts) & (j < lengths)
+        candidate = seen & (j >= rule.sinks) & (j < window)
+        shares = self.shares.view(self.batch, self.kv_heads, -1)[..., :num_keys].float()
+        bins = (shares * -_PER_BIT).clamp(0, _BINS - 1).long()
+        order = torch.where(candidate, bins * num_keys + j, _BINS * num_keys).argsort(-1)
+        best = torch.zeros_like(bins, dtype=torch.bool).scatter_(-1, order[..., : rule.top_k], True)
+        kept = (best & candidate) | (seen & ((j < rule.sinks) | (j >= window)))
+        kept = kept.repeat_interleave(q.shape[1] // self.kv_heads, 1)
+        return Selection.from_kept(kept[:, :, None], rule.max_kept(num_keys))
+
+
+def _window(rule: Rule) -> dict[str, int]:
+    return {"T": rule.tile, "WINDOW": max(rule.window, 1)}
+
+
+def _rows(x: Array) -> Array:
+    """Any strides but for the last axis, which is contiguous."""
+    return x if x.stride(3) == 1 else x.contiguous()

@@ -1,0 +1,201 @@
+"""The GPU kernel for steps of generation, against the reference in float64: on the card where there is one,
+elsewhere in Triton's interpreter."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from sparsek import KeyIndex, SparseKConfig
+from sparsek.kernels import reference, triton_decode
+from sparsek.kernels.triton_decode import DecodeIndex, Step
+from sparsek.problem import Problem, make_problem
+
+from .test_triton_prefill import DEVICE, DTYPES, ERROR, ON_CARD, in_float64
+
+CONFIG = SparseKConfig(select="tile", top_k=24, min_context=0, dense_layers=())
+
+
+def cache(
+    tokens: int,
+    *,
+    batch: int = 1,
+    kv_heads: int = 1,
+    sizes: tuple[int, int] = (64, 64),
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v; keys have a common part, as those of models do."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    k = normal(batch, kv_heads, tokens, sizes[0]) + 2 * normal(batch, kv_heads, 1, sizes[0])
+    return tuple(x.to(dtype).to(DEVICE) for x in (k, normal(batch, kv_heads, tokens, sizes[1])))  # type: ignore[return-value]
+
+
+def step_of(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    index: KeyIndex,
+    *,
+    config: SparseKConfig = CONFIG,
+    group: int = 2,
+    factor: float = 1.5,
+    **more: Any,
+) -> Problem:
+    generator = torch.Generator().manual_seed(k.shape[2])
+    q = torch.randn(k.shape[0], k.shape[1] * group, 1, k.shape[3], generator=generator) * factor
+    return make_problem(q.to(k.dtype).to(DEVICE), k, v, config=config, is_causal=True, index=index, **more)
+
+
+def poison(index: DecodeIndex) -> None:
+    """NaN and impossible numbers where a step works."""
+    for name in ("mean_scores", "norms", "histogram", "shares", "below", "lists", "peaks", "totals", "sums"):
+        getattr(index, name).view(torch.uint8).fill_(0xFF)
+
+
+def assert_right(p: Problem, *, same: float = 0.7) -> torch.Tensor:
+    """The output is attention over the kept keys, and at least a share of these is what the definition
+    keeps: choosing is in 4 bits."""
+    assert triton_decode.why_not(p) is None
+    index, _ = triton_decode._ready(p)
+    poison(index)
+    out = triton_decode.attention(p)
+    selection = triton_decode.select(p)
+    exact = in_float64(p)
+    expected = reference.attention(exact, selection)
+    assert (out.double() - expected).norm() <= ERROR[p.q.dtype] * expected.norm()
+    wanted = reference.select(exact)
+    assert torch.equal(selection.counts, wanted.counts)
+    kept, own = selection.to_mask(), wanted.to_mask()
+    assert (kept & own).sum() >= same * own.sum()
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "config", "shape", "group"),
+    [
+        (2300, CONFIG, {}, 2),
+        (200, replace(CONFIG, tile=32, sinks=0), {"batch": 2, "kv_heads": 2, "sizes": (48, 16)}, 3),
+        (1025, replace(CONFIG, tail="none", window=0), {"kv_heads": 2, "sizes": (128, 32)}, 1),
+        (1500, replace(CONFIG, top_k=300, sinks=9, window=100), {"sizes": (96, 80)}, 16),
+        (1087, replace(CONFIG, top_k=1), {"sizes": (256, 256)}, 1),
+    ],
+    ids=["plain", "short", "no tail", "much kept", "large heads"],
+)
+def test_agrees_with_the_reference(
+    tokens: int, config: SparseKConfig, shape: dict[str, Any], group: int, dtype: torch.dtype
+) -> None:
+    k, v = cache(tokens, dtype=dtype, **shape)
+    assert_right(step_of(k, v, KeyIndex(), config=config, group=group))
+
+
+def test_a_growing_cache_is_taken_up_token_by_token() -> None:
+    k, v = cache(1200, batch=2)
+    index = KeyIndex()
+    assert_right(step_of(k[:, :, :1020], v[:, :, :1020], index))
+    gpu = index.gpu
+    for tokens in (1021, 1022, 1024, 1025, 1090):
+        assert_right(step_of(k[:, :, :tokens], v[:, :, :tokens], index))
+        assert index.length == tokens
+    assert index.gpu is gpu
+    fresh = DecodeIndex(k, v, gpu.capacity)
+    fresh._calibrated, fresh.centre, fresh.unit = gpu._calibrated, gpu.centre, gpu.unit
+    fresh.extend(k, v, 1090)
+    assert torch.equal(fresh.low[:, :1090], gpu.low[:, :1090])
+    assert torch.equal(fresh.k_mean[:, :17], gpu.k_mean[:, :17])
+    assert torch.equal(fresh.v_mean[:, :17], gpu.v_mean[:, :17])
+
+
+def test_what_few_tokens_told_is_forgotten() -> None:
+    k, v = cache(600)
+    k[:, :, :40] *= 0.01
+    index = KeyIndex()
+    assert_right(step_of(k[:, :, :40], v[:, :, :40], index, config=replace(CONFIG, top_k=2)))
+    out = assert_right(step_of(k, v, index))
+    assert torch.equal(out, triton_decode.attention(step_of(k, v, KeyIndex())))
+
+
+def test_a_cache_that_outgrows_its_memory() -> None:
+    k, v = cache(2500)
+    index = KeyIndex()
+    assert_right(step_of(k[:, :, :1000], v[:, :, :1000], index))
+    assert_right(step_of(k, v, index))
+
+
+def test_cropped_reordered_and_copied() -> None:
+    k, v = cache(700, batch=2)
+    index = KeyIndex()
+    assert_right(step_of(k, v, index))
+    twin = copy.deepcopy(index)
+    index.truncate(500)
+    assert index.length == 500
+    assert twin.length == 700
+    k2, v2 = cache(700, batch=2, seed=1)
+    k2[:, :, :500], v2[:, :, :500] = k[:, :, :500], v[:, :, :500]
+    assert_right(step_of(k2, v2, index))
+    order = torch.tensor([1, 1, 0], device=DEVICE)
+    twin.reorder([1, 1, 0])
+    out = assert_right(step_of(k[order], v[order], twin))
+    assert index.nbytes > 0
+    assert out.shape[0] == 3
+
+
+@pytest.mark.parametrize("factor", [1e-6, 30.0])
+def test_tiny_and_huge_scores(factor: float) -> None:
+    k, v = cache(1100)
+    assert_right(step_of(k, v, KeyIndex(), factor=factor), same=0.5)
+
+
+def test_equal_keys_go_to_the_lower_position() -> None:
+    k, v = cache(1100)
+    p = step_of(torch.ones_like(k), v, KeyIndex(), config=replace(CONFIG, sinks=2))
+    assert triton_decode.select(p).indices[0, 0, 0, :26].tolist() == list(range(26))
+    assert_right(p)
+
+
+def test_a_step_reads_on_the_gpu_where_its_keys_end() -> None:
+    """What a CUDA graph replays: the same launches, while `lengths` grows."""
+    k, v = cache(1300, batch=2)
+    index = DecodeIndex(k, v, k.shape[2])
+    index.extend(k, v, 1150)
+    lengths = torch.full((2,), 1150, dtype=torch.int32, device=DEVICE)
+    p = step_of(k, v, KeyIndex())
+    step = Step(lengths, torch.zeros_like(lengths), p.scale, p.rule)
+    out = torch.empty_like(p.q)
+
+    def once() -> None:
+        lengths.add_(1)
+        index.append(k, v, lengths, 1)
+        poison(index)
+        index.attend(p.q, k, v, out, step)
+
+    if ON_CARD:
+        once()
+        lengths.sub_(1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            once()
+    for tokens in range(1151, 1154):
+        graph.replay() if ON_CARD else once()
+        part = replace(p, k=k[:, :, :tokens], v=v[:, :, :tokens], first_position=tokens - 1, index=KeyIndex())
+        ready, _ = triton_decode._ready(part)
+        ready.centre, ready.unit, ready.low = index.centre, index.unit, index.low
+        torch.testing.assert_close(out, triton_decode.attention(part), rtol=0, atol=2e-3)
+
+
+def test_what_it_does_not_take() -> None:
+    k, v = cache(200)
+    p = step_of(k, v, KeyIndex())
+    assert triton_decode.why_not(p) is None
+    assert triton_decode.why_not(replace(p, index=None)) == "there is no index of the keys"
+    two = replace(p, q=p.q.expand(1, 2, 2, 64))
+    assert triton_decode.why_not(two) == "there is more than one query"
+    assert triton_decode.why_not(replace(p, softcap=3.0)) == "softcap is given"
