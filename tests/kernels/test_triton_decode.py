@@ -56,7 +56,7 @@ def step_of(
 
 def poison(index: DecodeIndex) -> None:
     """NaN and impossible numbers where a step works."""
-    for name in ("mean_scores", "norms", "histogram", "shares", "below", "lists", "peaks", "totals", "sums"):
+    for name in ("mean_scores", "norms", "histogram", "shares", "of_part", "lists", "peaks", "totals", "sums"):
         getattr(index, name).view(torch.uint8).fill_(0xFF)
 
 

@@ -163,7 +163,7 @@ class DecodeIndex:
         self.norms = self._empty(self.num_norms, 2, _COLUMNS, dtype=torch.float32)
         self.histogram = self._empty(_BINS, dtype=torch.int32)
         self.shares = self._empty(self.capacity, dtype=torch.float16)
-        self.below = self._empty(self.parts, _BINS, dtype=torch.int16)
+        self.of_part = self._empty(self.parts, _BINS, dtype=torch.int16)
         self.lists = self._empty(self.capacity, dtype=torch.int32)
         self.peaks = self._empty(parts, _COLUMNS, dtype=torch.float32)
         self.totals = self._empty(parts, _COLUMNS, dtype=torch.float32)
@@ -248,7 +248,7 @@ class DecodeIndex:
         rule = step.rule
         self.kernels.attend[self.parts + 1, lanes](
             q, k, v, self.v_mean, self.mean_scores, step.lengths, step.starts, self.shares, self.histogram,
-            self.below, self.lists, self.peaks, self.totals, self.sums,
+            self.of_part, self.lists, self.peaks, self.totals, self.sums,
             *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], self.kv_heads, self.capacity, step.scale,
             **self._sizes(group), **self._values_sizes(), **_window(rule), SINKS=rule.sinks,
             K=rule.top_k, TAIL=rule.tail == "centroid", CHUNK=self.chunk, PARTS=power_of_2(self.parts),
@@ -271,7 +271,7 @@ class DecodeIndex:
         )  # fmt: skip
         self.kernels.score[self.parts, lanes](
             q, self.low, self.centre, self.unit, self.norms, step.lengths, step.starts, self.shares,
-            self.histogram, self.below,
+            self.histogram, self.of_part,
             *q.stride()[:2], self.kv_heads, self.capacity, self.num_norms, step.scale,
             **sizes, **_window(step.rule), SINKS=step.rule.sinks, CHUNK=self.chunk,
             NORMS=power_of_2(self.num_norms), PACKED=not interpreted(),

@@ -155,14 +155,14 @@ def _levels(pair, PACKED: tl.constexpr):
 
 @triton.jit
 def score(
-    q, low, centre, unit, norms, lengths, starts, shares, histogram, below,
+    q, low, centre, unit, norms, lengths, starts, shares, histogram, of_part,
     q_batch, q_head, kv_heads, capacity, num_norms, scale,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, T: tl.constexpr, WINDOW: tl.constexpr,
     SINKS: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr, NORMS: tl.constexpr, STAGES: tl.constexpr,
     PACKED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Of each key of a chunk the largest share of the softmax that a row gives it, as a logarithm; the
-    histogram of these over the candidates, of all chunks together and, summed up, of this one."""
+    histogram of these over the candidates, of all chunks together and of this one."""
     part, which = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, _, window = _span(lengths, starts, which // kv_heads, T, WINDOW)
     HALF: tl.constexpr = BD // 2
@@ -207,7 +207,7 @@ def score(
         b = tl.arange(0, BINS)
         tl.atomic_add(histogram + which * BINS + b, counts, mask=counts > 0, sem="relaxed")
         at = (which * tl.num_programs(0) + part) * BINS + b
-        tl.store(below + at, tl.cumsum(counts, 0).to(tl.int16))
+        tl.store(of_part + at, counts.to(tl.int16))
 
 
 @triton.jit
@@ -218,7 +218,7 @@ def _bin(share):
 
 @triton.jit
 def _chosen(
-    shares, histogram, below, which, part, parts, capacity, start, window,
+    shares, histogram, of_part, which, part, parts, capacity, start, window,
     SINKS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Which keys of a chunk are among the K best, as a matrix with a row for each block, and their places in
@@ -228,10 +228,8 @@ def _chosen(
     edge = tl.sum((up_to < K).to(tl.int32), 0)  # the bin of the K-th best
     room = K - tl.max(tl.where(bins < edge, up_to, 0), 0)
     p = tl.arange(0, PARTS)
-    at = below + (which * parts + p) * BINS + edge
-    earlier = (p < part) & (edge < BINS)
-    equals = tl.load(at, mask=earlier, other=0).to(tl.int32)
-    equals -= tl.load(at - 1, mask=earlier & (edge > 0), other=0).to(tl.int32)
+    at = (which * parts + p) * BINS + edge
+    equals = tl.load(of_part + at, mask=(p < part) & (edge < BINS), other=0).to(tl.int32)
     room = tl.maximum(room - tl.sum(equals, 0), 0)
     i = tl.arange(0, CHUNK // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     j = part * CHUNK + i
@@ -261,7 +259,7 @@ def _attend_keys(
 
 @triton.jit
 def attend(
-    q, k, v, v_mean, mean_scores, lengths, starts, shares, histogram, below, lists, peaks, totals, sums,
+    q, k, v, v_mean, mean_scores, lengths, starts, shares, histogram, of_part, lists, peaks, totals, sums,
     q_batch, q_head, k_batch, k_head, k_token, v_batch, v_head, v_token, kv_heads, capacity, scale,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     T: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, K: tl.constexpr, TAIL: tl.constexpr,
@@ -293,7 +291,7 @@ def attend(
                 )
         else:
             j, chosen, place = _chosen(
-                shares, histogram, below, which, part, parts, capacity, start, window, SINKS, K, CHUNK, PARTS
+                shares, histogram, of_part, which, part, parts, capacity, start, window, SINKS, K, CHUNK, PARTS
             )
             lists += which * capacity + part * CHUNK
             tl.store(lists + place, j, mask=chosen)
