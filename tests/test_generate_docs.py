@@ -61,6 +61,15 @@ def test_records_of_a_gpu_are_two_tables(tool: ModuleType, tmp_path: Path) -> No
         record(queries=1, batch=8, ms=0.0125, baseline_ms=0.05, ratio=4.0, baseline="flash"),
     ]
     (tmp_path / "attention-gpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    quality = {
+        "model": "M",
+        "device": "cuda",
+        "config": SparseKConfig().to_dict(),
+        "context": 8192,
+        "kept_mean": 462.6,
+    }
+    quality |= {"ppl_ratio": 1.001, "ppl_ratio_se": 0.002, "kl_mean": 0.009, "kl_se": 0.001, "same_top": 0.96}
+    (tmp_path / "quality-gpu.jsonl").write_text(json.dumps(quality) + "\n")
     text = tool.gpu()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
     ours = ["0.5000", "2.50 (2.40-2.60)"]
@@ -68,7 +77,8 @@ def test_records_of_a_gpu_are_two_tables(tool: ModuleType, tmp_path: Path) -> No
         ["8192", "384", "1.25 cudnn", *ours, "1.75", "1.2e-02", "1.50"],
         ["1024", "all", "1.25 flash", *ours, "-", "1.2e-02", "1.50"],
     ]
-    assert rows[6:] == [
+    assert rows[9] == ["M", "GPU", "384", "463", "1.0010 ± 0.0020", "0.0090 ± 0.0010", "0.960"]
+    assert rows[6:7] == [
         ["8192", "8", "384", "0.0500 flash", "0.0125", "4.00 (2.40-2.60)", "1.2e-02", "1.50"],
     ]
     assert "32/8 heads of 128, bfloat16, Some GPU, PyTorch 2.11.0+cu130, CUDA 13.0, cuDNN 9.15.1" in text

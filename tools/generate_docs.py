@@ -22,6 +22,7 @@ import click
 from sparsek import SparseKConfig, recommend_k
 from sparsek.cli import COMMANDS, cli
 from sparsek.config import budget_range
+from sparsek.policy import fixed
 from sparsek.report.tables import markdown_table, milliseconds, with_error
 
 ROOT = Path(__file__).parent.parent
@@ -189,7 +190,22 @@ def gpu() -> str:
         f"{machine['gpu']}, PyTorch {machine['torch_version']}, CUDA {machine['cuda']}, "
         f"cuDNN {_cudnn(machine['cudnn'])}, Triton {machine['triton_version']}. Times: {timing}. Ratios: "
         "median of paired repetitions, and quartiles. Memory: the peak of one call, inputs included. "
-        f"{_window(records)}"
+        f"{_window(records)}\n\n{_gpu_quality()}"
+    )
+
+
+def _gpu_quality() -> str:
+    """What the lists of tiles cost on real models."""
+    rows = []
+    for r in _records("quality-gpu.jsonl"):
+        keys = str(fixed(SparseKConfig.from_dict(r["config"]), r["context"], r["device"]).top_k)
+        ratio, kl = with_error(r["ppl_ratio"], r["ppl_ratio_se"]), with_error(r["kl_mean"], r["kl_se"])
+        where = {"cuda": "GPU", "cpu": "CPU, reference"}[r["device"]]
+        rows.append([r["model"], where, keys, f"{r['kept_mean']:.0f}", ratio, kl, f"{r['same_top']:.3f}"])
+    titles = ["model", "computed on", "K", "keys kept", "perplexity ratio", "KL", "same top token"]
+    return (
+        "What these lists cost, at 8192 tokens (`sparsek eval`, beside dense attention in the same run):\n\n"
+        f"{markdown_table(titles, rows)}"
     )
 
 

@@ -56,7 +56,17 @@ def step_of(
 
 def poison(index: DecodeIndex) -> None:
     """NaN and impossible numbers where a step works."""
-    for name in ("mean_scores", "norms", "histogram", "shares", "of_part", "lists", "peaks", "totals", "sums"):
+    for name in (
+        "mean_scores",
+        "norms",
+        "histogram",
+        "shares",
+        "of_part",
+        "lists",
+        "peaks",
+        "totals",
+        "sums",
+    ):
         getattr(index, name).view(torch.uint8).fill_(0xFF)
 
 
@@ -189,6 +199,16 @@ def test_a_step_reads_on_the_gpu_where_its_keys_end() -> None:
         ready, _ = triton_decode._ready(part)
         ready.centre, ready.unit, ready.low = index.centre, index.unit, index.low
         torch.testing.assert_close(out, triton_decode.attention(part), rtol=0, atol=2e-3)
+
+
+@pytest.mark.skipif(not ON_CARD, reason="needs 9 GB of a GPU's memory")
+def test_more_than_2_to_the_31_elements() -> None:
+    near = cache(8200)
+    far = torch.empty(2, 1, 8200, 1, 2**18, dtype=near[0].dtype, device=DEVICE)
+    k, v = (x.transpose(1, 2)[..., :64] for x in far)
+    k.copy_(near[0]), v.copy_(near[1])
+    out = triton_decode.attention(step_of(k, v, KeyIndex()))
+    assert torch.equal(out, triton_decode.attention(step_of(*near, KeyIndex())))
 
 
 def test_what_it_does_not_take() -> None:

@@ -116,8 +116,9 @@ def assert_right(p: Problem, *, same: float = 0.6, same_counts: bool = True) -> 
         ),
         (TILES, {"heads": (1, 1), "queries": 1, "keys": 150, "sizes": (128, 128)}),
         (TILES, {"heads": (1, 1), "queries": 64, "keys": 200, "sizes": (256, 256)}),
+        (TILES, {"heads": (4, 2), "queries": 100, "keys": 170, "sizes": (96, 96)}),
     ],
-    ids=["plain", "gqa of 3", "no tail", "gqa of 16", "one row", "large heads"],
+    ids=["plain", "gqa of 3", "no tail", "gqa of 16", "one row", "large heads", "heads of 96"],
 )
 def test_agrees_with_the_reference(config: SparseKConfig, shape: dict[str, Any], dtype: torch.dtype) -> None:
     assert_right(problem(config, dtype=dtype, **shape))
@@ -224,6 +225,32 @@ def test_masks_with_groups_and_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_verification_takes_masks() -> None:
     p = masked(packed(*WHOLE, (77, 200)), queries=270, keys=270)
     verify(p, triton_prefill.attention(p), backend="triton_prefill", rows=8)
+
+
+def test_before_8_bits_keys_are_chosen_in_16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs of compute capability 8.0."""
+    monkeypatch.setattr(triton_prefill, "_low_dtype", lambda _: torch.float16)
+    p = problem(heads=(4, 2), queries=100, keys=300, sizes=(64, 64), dtype=DTYPES[-1])
+    assert poisoned(p).low.dtype == torch.float16
+    assert_right(p)
+
+
+@pytest.mark.skipif(not ON_CARD, reason="needs 9 GB of a GPU's memory")
+def test_more_than_2_to_the_31_elements() -> None:
+    """A cache in which tokens are so far apart that 32 bits do not reach the last one."""
+    near = problem(queries=100, keys=8200, sizes=(64, 64))
+    assert near.v is not None
+    far = torch.empty(2, 1, 8200, 1, 2**18, dtype=near.q.dtype, device=DEVICE)
+    k, v = (x.transpose(1, 2)[..., :64] for x in far)
+    k.copy_(near.k), v.copy_(near.v)
+    assert k.stride(2) * 8199 > 2**31
+    assert torch.equal(triton_prefill.attention(replace(near, k=k, v=v)), triton_prefill.attention(near))
+
+
+@pytest.mark.skipif(not ON_CARD, reason="needs a GPU")
+def test_an_old_gpu_is_told_from_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert triton_prefill.why_not(problem()) == "the GPU has compute capability 7.5, 8.0 is needed"
 
 
 def test_some_rows_of_a_call_are_those_of_the_call() -> None:

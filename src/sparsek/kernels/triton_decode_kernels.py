@@ -291,8 +291,9 @@ def attend(
                 )
         else:
             j, chosen, place = _chosen(
-                shares, histogram, of_part, which, part, parts, capacity, start, window, SINKS, K, CHUNK, PARTS
-            )
+                shares, histogram, of_part, which, part, parts, capacity, start, window,
+                SINKS, K, CHUNK, PARTS,
+            )  # fmt: skip
             lists += which * capacity + part * CHUNK
             tl.store(lists + place, j, mask=chosen)
             of_row = tl.sum(chosen.to(tl.int32), 1)
