@@ -22,7 +22,7 @@ import click
 from sparsek import SparseKConfig, recommend_k
 from sparsek.cli import COMMANDS, cli
 from sparsek.config import budget_range
-from sparsek.policy import fixed
+from sparsek.policy import fixed, on_cpu
 from sparsek.report.tables import markdown_table, milliseconds, with_error
 
 ROOT = Path(__file__).parent.parent
@@ -321,10 +321,9 @@ def _study() -> dict[str, dict[int, dict[int, dict[str, Any]]]]:
 
 def _form(config: SparseKConfig | dict[str, Any]) -> dict[str, Any]:
     """What is kept. `min_context` is no part of it: the study's contexts are all above it."""
-    whole = (
-        SparseKConfig.from_dict(config) if isinstance(config, dict) else config
-    )  # old ones have fewer fields
-    return {name: value for name, value in whole.to_dict().items() if name != "min_context"}
+    # Old ones have fewer fields.
+    whole = SparseKConfig.from_dict(config) if isinstance(config, dict) else config
+    return {name: value for name, value in on_cpu(whole).to_dict().items() if name != "min_context"}
 
 
 def _window(records: Iterable[dict[str, Any]]) -> str:

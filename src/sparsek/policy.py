@@ -89,6 +89,11 @@ def on_gpu(config: SparseKConfig) -> SparseKConfig:
     return replace(config, top_k=lists, select="tile")
 
 
+def on_cpu(config: SparseKConfig) -> SparseKConfig:
+    """What a configuration means on the CPU: `select = "auto"` is "query" there."""
+    return replace(config, select="query") if config.select == "auto" else config
+
+
 def fixed(config: SparseKConfig, context_length: int, device: str = "cpu") -> SparseKConfig:
     """`config` with numbers for "auto", as they are at this context and on this device, "cpu" or "cuda"."""
     config = on_gpu(config) if device == "cuda" else config

@@ -20,7 +20,9 @@ _BLOCK_ROWS: Final = 8
 _TOLERANCE: Final = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 # Scores are computed in float32 at least, whatever the dtype of the inputs.
 _SCORE_EPS: Final = 1e-5
-_LEAST_MASS: Final = 0.97  # of the best list's, for a list of a tile
+# Of the softmax that the best list holds, for a list of a tile. On a model's own activations (SmolLM2, 8192
+# tokens, seven layers) tiles hold 0.998 of it on average and 0.95 at least.
+_LEAST_MASS: Final = 0.9
 
 
 class VerificationError(Exception):

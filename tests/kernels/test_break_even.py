@@ -15,14 +15,15 @@ from sparsek.kernels.break_even import dense_is_better
 from sparsek.problem import Problem, make_problem
 
 pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def auto(
     queries: int, keys: int, *, dtype: torch.dtype = torch.bfloat16, index: bool = False, **more: Any
 ) -> Problem:
     """A call as `select = "auto"` has it on a GPU; of these sizes, without their memory."""
-    q = torch.zeros(1, dtype=dtype).expand(1, 32, queries, 128)
-    k = torch.zeros(1, dtype=dtype).expand(1, 8, keys, 128)
+    q = torch.zeros(1, dtype=dtype, device=DEVICE).expand(1, 32, queries, 128)
+    k = torch.zeros(1, dtype=dtype, device=DEVICE).expand(1, 8, keys, 128)
     config = SparseKConfig(select="tile")
     p = make_problem(q, k, k, config=config, is_causal=True, index=KeyIndex() if index else None, **more)
     return replace(p, rule=replace(p.rule, or_dense=True))

@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ..arrays import Array
@@ -59,6 +59,8 @@ def why_not(p: Problem) -> str | None:
         return "there is more than one query"
     if p.index is None:
         return "there is no index of the keys"
+    if p.mask is None and p.first_position == p.num_keys - 1:
+        p = replace(p, is_causal=True)  # the last row sees everything either way
     return triton_prefill.why_not(p)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import SparseKConfig, budget_range
-from ..policy import fixed
+from ..policy import fixed, on_cpu
 from .records import Record
 
 
@@ -192,7 +192,7 @@ def same_rule(one: dict[str, Any] | None, other: dict[str, Any] | None, context:
     """Whether two configurations are the same at this context; below `min_context` one is dense."""
     if one is None or other is None:
         return one is other
-    a, b = SparseKConfig.from_dict(one).to_dict(), SparseKConfig.from_dict(other).to_dict()
+    a, b = (on_cpu(SparseKConfig.from_dict(c)).to_dict() for c in (one, other))
     used = [c.pop("min_context") <= context for c in (a, b)]
     a.pop("check_finite"), b.pop("check_finite")
     return a == b and all(used)

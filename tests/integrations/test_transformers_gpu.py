@@ -1,4 +1,5 @@
-"""Sparse-K in Transformers on a GPU: the GPU kernels run where they should, and every call is verified."""
+"""Sparse-K in Transformers with the GPU kernels: they run where they should, and every call is verified. Without
+a GPU they run in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -16,8 +17,14 @@ from sparsek.verify import verify
 
 from .tiny_models import LAYERS, gemma2, llama, tokens
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-TILES = SparseKConfig(select="tile", top_k=32, dense_layers=(1,), min_context=0)
+pytest.importorskip("triton")
+ON_CARD = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_CARD else ("cpu", torch.float16)
+needs_gpu = pytest.mark.skipif(not ON_CARD, reason="needs a GPU")
+TILES = SparseKConfig(select="tile", top_k=64, dense_layers=(1,), min_context=0)
+DENSE = "dense" if ON_CARD else "cpu"
+PROMPT = ["triton_prefill", DENSE, "triton_prefill"]
+STEP = ["triton_decode", DENSE, "triton_decode"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +35,7 @@ def _no_grad() -> Any:
 
 @pytest.fixture
 def model() -> Any:
-    return llama().to("cuda", torch.bfloat16)
+    return llama().to(DEVICE, DTYPE)
 
 
 class Verified:
@@ -44,49 +51,52 @@ class Verified:
 
 def test_a_prompt(model: Any) -> None:
     with enabled(model, TILES), observed(check := Verified()):
-        model(tokens(2, 300).cuda())
-    assert check.kernels == ["triton_prefill", "dense", "triton_prefill"]
+        model(tokens(2, 200).to(DEVICE))
+    assert check.kernels == PROMPT
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch(model: Any, side: str) -> None:
-    ids = tokens(2, 300).cuda()
+    ids = tokens(2, 200).to(DEVICE)
     mask = torch.ones_like(ids)
-    mask[0, slice(0, 90) if side == "left" else slice(210, 300)] = 0
+    mask[0, slice(0, 70) if side == "left" else slice(150, 200)] = 0
     with enabled(model, TILES), observed(check := Verified()):
         model(ids, attention_mask=mask)
-    assert check.kernels == ["triton_prefill", "dense", "triton_prefill"]
+    assert check.kernels == PROMPT
 
 
 def test_packed_sequences(model: Any) -> None:
-    positions = torch.cat([torch.arange(130), torch.arange(170)])[None].cuda()
+    positions = torch.cat([torch.arange(90), torch.arange(110)])[None].to(DEVICE)
     with enabled(model, TILES), observed(check := Verified()):
-        model(tokens(1, 300).cuda(), position_ids=positions)
-    assert check.kernels == ["triton_prefill", "dense", "triton_prefill"]
+        model(tokens(1, 200).to(DEVICE), position_ids=positions)
+    assert check.kernels == PROMPT
 
 
 def test_steps_of_generation(model: Any) -> None:
     enable(model, TILES)
     cache = SparseKCache(model.config)
-    ids = tokens(2, 300).cuda()
-    model(ids[:, :297], past_key_values=cache, use_cache=True)
+    ids = tokens(2, 200).to(DEVICE)
+    model(ids[:, :197], past_key_values=cache, use_cache=True)
     with observed(check := Verified()):
-        for i in range(297, 300):
+        for i in range(197, 200):
             model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
-    assert check.kernels == ["triton_decode", "dense", "triton_decode"] * 3
-    assert cache.layers[0].index.length == 300
+    assert check.kernels == STEP * 3
+    assert cache.layers[0].index.length == 200
 
 
+@needs_gpu
 def test_compiled_is_eager(model: Any) -> None:
-    enable(model, TILES)
-    ids = tokens(1, 300).cuda()
+    # What is fused is rounded in another way, and with few keys kept that changes which are.
+    enable(model, replace(TILES, top_k=150))
+    ids = tokens(1, 200).to(DEVICE)
     eager = model(ids).logits
     compiled = torch.compile(model, fullgraph=True)(ids).logits
     assert (compiled.float() - eager.float()).norm() < 0.05 * eager.float().norm()
 
 
+@needs_gpu
 def test_short_prompts_are_dense(model: Any) -> None:
-    ids = tokens(1, 300).cuda()
+    ids = tokens(1, 200).to(DEVICE)
     dense = model(ids).logits
     with enabled(model, SparseKConfig(min_context=0, dense_layers=())), observed(check := Verified()):
         sparse = model(ids).logits
@@ -94,8 +104,9 @@ def test_short_prompts_are_dense(model: Any) -> None:
     assert (sparse.float() - dense.float()).norm() < 0.05 * dense.float().norm()
 
 
+@needs_gpu
 def test_what_no_kernel_takes_is_dense_or_the_reference() -> None:
-    ids = tokens(1, 300).cuda()
+    ids = tokens(1, 200).to(DEVICE)
     for make, dtype in ((llama, torch.float32), (gemma2, torch.bfloat16)):
         model = make().to("cuda", dtype)
         with enabled(model, replace(TILES, dense_layers=())), observed(check := Verified()):
