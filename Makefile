@@ -28,7 +28,7 @@ test: $(READY) ## C++ and Python tests
 	$(BIN)/pytest
 
 test-gpu: $(READY) ## the GPU kernels and their timing on the card; elsewhere in Triton's interpreter
-	$(BIN)/pytest tests/kernels/test_triton_*.py tests/bench
+	$(BIN)/pytest tests/kernels/test_triton_*.py tests/bench tests/integrations/test_transformers_gpu.py
 
 test-sanitize: $(READY) ## C++ tests under the address, undefined-behaviour and thread sanitizers
 	$(CMAKE) -S . -B build/asan -DSPARSEK_BUILD_TESTS=ON -DSPARSEK_SANITIZE=address,undefined
@@ -106,7 +106,7 @@ bench-gpu: $(READY) ## measure speed and quality on a CUDA device and record the
 	$(GPU) --tokens 1024,2048,4096,8192,16384,32768,65536,131072 > build/attention-gpu.jsonl
 	$(GPU) --tokens 8192,32768 --baseline flex >> build/attention-gpu.jsonl
 	for batch in 1 8; do \
-	  $(GPU) --tokens 8192,32768,131072 --queries 1 --index --batch $$batch || exit 1; \
+	  $(GPU) --select tile --tokens 8192,32768,131072 --queries 1 --index --batch $$batch || exit 1; \
 	done >> build/attention-gpu.jsonl
 	for model in $$($(BIN)/python -c '$(EMBEDDED)') $(MODEL); do \
 	  $(BIN)/sparsek eval --device cuda -m $$model --context 8192 -o jsonl || exit 1; \

@@ -44,7 +44,7 @@ def record(**changed: Any) -> dict[str, Any]:
         tokens=8192, queries=8192, heads=32, kv_heads=8, head_dim=128, top_k=384, dtype="bfloat16", ms=0.5,
         baseline="cudnn", baseline_ms=1.25, ratio=2.5, ratio_low=2.4, ratio_high=2.6, max_abs_err=0.012,
         config=SparseKConfig(select="tile").to_dict(), environment=ENVIRONMENT, batch=1, timing="graph",
-        peak_mib=300.0, baseline_peak_mib=200.0,
+        peak_mib=300.0, baseline_peak_mib=200.0, host_us=400.0,
     )  # fmt: skip
     return {**values, **changed}
 
@@ -79,7 +79,7 @@ def test_records_of_a_gpu_are_two_tables(tool: ModuleType, tmp_path: Path) -> No
     ]
     assert rows[9] == ["M", "GPU", "384", "463", "1.0010 ± 0.0020", "0.0090 ± 0.0010", "0.960"]
     assert rows[6:7] == [
-        ["8192", "8", "384", "0.0500 flash", "0.0125", "4.00 (2.40-2.60)", "1.2e-02", "1.50"],
+        ["8192", "8", "384", "0.0500 flash", "0.0125", "4.00 (2.40-2.60)", "400 µs", "1.2e-02", "1.50"],
     ]
     assert "32/8 heads of 128, bfloat16, Some GPU, PyTorch 2.11.0+cu130, CUDA 13.0, cuDNN 9.15.1" in text
     assert "Times: replayed CUDA graphs." in text

@@ -175,21 +175,26 @@ def gpu() -> str:
             beside = f"{flex[r['tokens']]['ratio']:.2f}" if r["tokens"] in flex else "-"
             prompts.append([str(r["tokens"]), *measured, beside, *checked])
         else:
-            steps.append([str(r["tokens"]), str(r["batch"]), *measured, *checked])
+            steps.append([str(r["tokens"]), str(r["batch"]), *measured, f"{r['host_us']:.0f} µs", *checked])
     titles = ["K", "dense, ms", "ours, ms", "ratio"]
     ends = ["max error", "memory, ours to dense"]
     first, machine = records[0], records[0]["environment"]
     timing = " and ".join(TIMINGS[name] for name in sorted({r["timing"] for r in records}, reverse=True))
     return (
-        "On a GPU, the attention call beside the faster of PyTorch's cuDNN and flash attention; prompts also "
-        "beside FlexAttention over as many keys, in random blocks of 128:\n\n"
+        "On a GPU, the attention call on random inputs beside the faster of PyTorch's cuDNN and flash attention; "
+        "a ratio over 1 says that ours is faster. *all*: attention is dense, for that is faster. The ratio to "
+        "FlexAttention is to its time over as many keys in random blocks of 128, which nobody had to choose: it "
+        "shows what choosing costs.\n\n"
         f"{markdown_table(['tokens', *titles, 'ratio to FlexAttention', *ends], prompts)}\n\n"
-        "One query over keys that have been indexed, as in a step of generation:\n\n"
-        f"{markdown_table(['keys', 'batch', *titles, *ends], steps)}\n\n"
+        "One query over keys that have been indexed, as in a step of generation. Host: what one call costs "
+        "Python, which is not in the other times, for they are replays of CUDA graphs; without graphs a step is "
+        "no faster than that.\n\n"
+        f"{markdown_table(['keys', 'batch', *titles, 'host', *ends], steps)}\n\n"
         f"{first['heads']}/{first['kv_heads']} heads of {first['head_dim']}, {first['dtype']}, "
         f"{machine['gpu']}, PyTorch {machine['torch_version']}, CUDA {machine['cuda']}, "
         f"cuDNN {_cudnn(machine['cudnn'])}, Triton {machine['triton_version']}. Times: {timing}. Ratios: "
-        "median of paired repetitions, and quartiles. Memory: the peak of one call, inputs included. "
+        "median of paired repetitions, and quartiles. Error: the largest of the output over sampled rows, "
+        "against float64 over the same keys. Memory: the peak of one call, inputs included. "
         f"{_window(records)}\n\n{_gpu_quality()}"
     )
 
@@ -204,7 +209,8 @@ def _gpu_quality() -> str:
         rows.append([r["model"], where, keys, f"{r['kept_mean']:.0f}", ratio, kl, f"{r['same_top']:.3f}"])
     titles = ["model", "computed on", "K", "keys kept", "perplexity ratio", "KL", "same top token"]
     return (
-        "What these lists cost, at 8192 tokens (`sparsek eval`, beside dense attention in the same run):\n\n"
+        "What these lists cost, at 8192 tokens (`sparsek eval`, one window, beside dense attention in the same "
+        "run; on the CPU the reference, whose lists are exact):\n\n"
         f"{markdown_table(titles, rows)}"
     )
 

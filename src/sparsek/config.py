@@ -27,8 +27,8 @@ class SparseKConfig:
     """What each query keeps: its `top_k` best keys, a few keys it always keeps, and a summary of the rest.
 
     Args:
-        top_k: keys kept per query by score, outside the always-kept ones; "auto" is about sqrt(context);
-            a tuple gives one value per layer.
+        top_k: keys kept per query by score, outside the always-kept ones; "auto" is about sqrt(context),
+            for the lists of tiles 384 up to 8192 tokens and 512 beyond; a tuple gives one value per layer.
         sinks: allowed keys among the first `sinks` positions are always kept.
         window: the last `window` allowed positions up to the query's own are always kept.
         stride: positions that are multiples of `stride` are always kept; 0 keeps none.
@@ -38,9 +38,9 @@ class SparseKConfig:
         check_finite: look for NaN and infinity in the inputs, and fail if there are any.
         select: "query" chooses the `top_k` keys for each query alone; "tile" one list of `top_k` keys for a
             tile of neighbouring queries and all heads that share a key head, which GPUs are fast at. "auto"
-            is "query" on the CPU. On a GPU it is "tile", with lists of 6 x `top_k` keys, where that is faster
-            than dense attention, and elsewhere dense attention.
-        tile: queries of a tile, 32 or 64.
+            is "query" on the CPU. On a GPU it is "tile", with lists of 6 x `top_k` keys (up to 2048), where
+            that is faster than dense attention, and elsewhere dense attention.
+        tile: queries of a tile, 32 or 64. The positions of a tile are always kept by its queries.
 
     Raises:
         ValueError: a field is outside its range; the message names the field, the value and what is allowed.

@@ -16,7 +16,8 @@ class KeyIndex:
         attention(q_new, k_longer, v_longer, config=config, index=index)  # a step: O(new tokens)
 
     Choosing the best keys needs a pass over all of them. With an index that pass reads a quarter of their
-    bytes, and of k and v only the chosen rows. The results are the same with and without it.
+    bytes, and of k and v only the chosen rows. The results are the same with and without it. On a GPU the index
+    holds 4 bits of each number: choosing with it is not exact, and without it a step is dense attention.
 
     The index trusts that the first `length` tokens of k and v are those it has seen: call `truncate` where a
     cache was cropped or overwritten, `reorder` where batch entries changed places. It needs about 1.1 bytes
@@ -54,7 +55,7 @@ class KeyIndex:
         entries = [int(i) for i in batch_entries]
         self._core.reorder(entries)
         if self.gpu is not None:
-            self.gpu.reorder(entries)
+            self.gpu = self.gpu.reorder(entries)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyIndex:
         twin = KeyIndex()

@@ -14,8 +14,8 @@ AUTO_STEP = 16
 AUTO_MIN = 32
 _AUTO_TILE = (384, 512)  # one list for a tile; the first up to 8192 tokens
 _AUTO_TILE_SHORT = 8192
-_LIST_PER_K = 6  # one list of 384 keys for a tile is as good as 64 for each query: docs/choosing-k.md
-_MOST = 2**31 - 1
+_LIST_PER_K = 6  # about as good as K for each query: README, GPU
+_LONGEST_LIST = 2048  # that the GPU kernels take
 _MAX_CONTEXT = 2**53  # what a float counts exactly
 
 
@@ -76,11 +76,11 @@ def resolve(
 
 @lru_cache(maxsize=64)
 def on_gpu(config: SparseKConfig) -> SparseKConfig:
-    """What a configuration means on a GPU: `select = "auto"` is "tile" there, with lists that cost as much
-    quality as `top_k` keys for each query alone."""
+    """What a configuration means on a GPU: `select = "auto"` is "tile" there, with lists of 6 x `top_k` keys
+    that are no longer than the kernels take, but where `top_k` is."""
 
     def list_of(budget: TopK) -> TopK:
-        return budget if budget == "auto" else min(_LIST_PER_K * budget, _MOST)
+        return budget if budget == "auto" else max(budget, min(_LIST_PER_K * budget, _LONGEST_LIST))
 
     if config.select != "auto":
         return config

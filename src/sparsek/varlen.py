@@ -53,18 +53,20 @@ def attention_varlen(
     whole = make_problem(q, k, v, **options)
     if whole.num_queries != whole.num_keys:
         raise ValueError(f"q has {whole.num_queries} tokens and k {whole.num_keys}: must be equal")
+    dispatch.check_backend(backend)
     out = arrays.empty((whole.num_queries, q.shape[1], v.shape[3]), q.dtype, q)
     for start, stop in pairwise(_bounds(cu_seqlens, whole.num_queries)):
         if start < stop:
             q_part, k_part, v_part = (x[:, :, start:stop] for x in (q, k, v))
-            part = dispatch.attention(make_problem(q_part, k_part, v_part, **options), backend)
+            p = make_problem(q_part, k_part, v_part, **options)
+            part = dispatch.attention(p, "auto" if p.keeps_all else backend)  # no named kernel is for dense
             out[start:stop] = arrays.namespace(part).swapaxes(part[0], 0, 1)
     return out
 
 
 def _heads_first(name: str, x: Any) -> Any:
     """[tokens, heads, size] as [1, heads, tokens, size]. What is no array is left to `make_problem`."""
-    if not arrays.is_torch(x) and not isinstance(x, np.ndarray):
+    if not isinstance(x, np.ndarray) and (not arrays.is_torch(x) or x.is_nested):
         return x
     if x.ndim != 3:
         raise ValueError(f"{name} has shape {list(x.shape)}: must have 3 axes, [tokens, heads, head size]")

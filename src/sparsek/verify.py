@@ -48,7 +48,7 @@ def verify(p: Problem, out: Array, *, backend: str = "auto", rows: int = 64) -> 
     """
     worst, count = 0.0, 0
     p = dispatch.settled(p, backend)
-    for block in _blocks(p, rows):
+    for block in blocks(p, rows):
         part = p.rows(block)
         exact = _in_float64(part)
         selection = dispatch.select(part, backend)
@@ -63,7 +63,7 @@ def verify(p: Problem, out: Array, *, backend: str = "auto", rows: int = 64) -> 
     return Verification(count, worst)
 
 
-def _blocks(p: Problem, rows: int) -> Iterator[slice]:
+def blocks(p: Problem, rows: int) -> Iterator[slice]:
     """As `sample`; where tiles choose keys, blocks of whole tiles."""
     tile, first, before = p.rule.tile or 1, p.first_position, None
     for block in sample(p.num_queries, rows):

@@ -1,5 +1,5 @@
-"""Sparse-K in Transformers with the GPU kernels: they run where they should, and every call is verified. Without
-a GPU they run in Triton's interpreter."""
+"""Sparse-K in Transformers with the GPU kernels: they run where they should, and every call is verified.
+Without a GPU they run in Triton's interpreter."""
 
 from __future__ import annotations
 

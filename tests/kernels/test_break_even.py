@@ -44,7 +44,7 @@ def test_prompts(queries: int, keys: int, dense: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "index", "dense"), [(8192, True, True), (32768, True, False), (32768, False, True)]
+    ("keys", "index", "dense"), [(131072, True, True), (524288, True, False), (524288, False, True)]
 )
 def test_steps(keys: int, index: bool, dense: bool) -> None:
     assert dense_is_better(auto(1, keys, index=index)) == dense

@@ -201,6 +201,85 @@ def test_a_step_reads_on_the_gpu_where_its_keys_end() -> None:
         torch.testing.assert_close(out, triton_decode.attention(part), rtol=0, atol=2e-3)
 
 
+def overlap(p: Problem) -> float:
+    """The share of what the definition keeps that the kernel keeps."""
+    kept, own = triton_decode.select(p).to_mask(), reference.select(in_float64(p)).to_mask()
+    return float((kept & own).sum() / own.sum())
+
+
+def test_an_entry_that_sees_nothing_is_zero() -> None:
+    k, v = cache(300, batch=2)
+    mask = torch.ones(2, 1, 1, 300, dtype=torch.bool, device=DEVICE)
+    mask[1] = False
+    out = assert_right(step_of(k, v, KeyIndex(), attn_mask=mask))
+    assert (out[1] == 0).all()
+
+
+def test_padding_on_the_left_does_not_tell_what_keys_are_like() -> None:
+    k, v = cache(1500, batch=2)
+    mask = torch.ones(2, 1, 1, 1500, dtype=torch.bool, device=DEVICE)
+    mask[1, ..., :300] = False
+    k[1, :, :300] = 60000
+    assert_right(step_of(k, v, KeyIndex(), attn_mask=mask))
+
+
+def test_one_outlier_does_not_make_all_other_keys_equal() -> None:
+    k, v = cache(1500)
+    k[:, :, 0] *= 100
+    assert overlap(step_of(k, v, KeyIndex())) > 0.8
+
+
+def test_what_was_cropped_away_is_forgotten() -> None:
+    k, v = cache(600)
+    index = KeyIndex()
+    assert_right(step_of(k * 0.01, v, index))
+    index.truncate(0)
+    assert overlap(step_of(k, v, index)) == overlap(step_of(k, v, KeyIndex()))
+
+
+def test_a_shorter_cache_is_another_one() -> None:
+    index = KeyIndex()
+    assert_right(step_of(*cache(1500), index))
+    assert_right(step_of(*cache(1100, seed=7), index))
+
+
+def test_entries_that_are_not_there_leave_no_index() -> None:
+    for entries in ([], [5]):
+        index = KeyIndex()
+        assert_right(step_of(*cache(200), index))
+        index.reorder(entries)
+        assert index.length == 0
+        assert_right(step_of(*cache(200), index))
+
+
+def test_inference_mode_and_no_grad_can_take_turns() -> None:
+    k, v = cache(300)
+    index = KeyIndex()
+    with torch.inference_mode():
+        assert_right(step_of(k[:, :, :290], v[:, :, :290], index))
+    with torch.no_grad():
+        assert_right(step_of(k, v, index))
+
+
+def test_from_the_first_token_on() -> None:
+    k, v = cache(1100)
+    index = DecodeIndex(k, v, 1100)
+    for length in (1, 2, 1100):
+        index.extend(k, v, length)
+    assert torch.isfinite(index.centre).all()
+    assert torch.isfinite(index.unit).all()
+
+
+def test_more_tokens_than_there_is_room_for() -> None:
+    k, v = cache(1300)
+    index = DecodeIndex(k, v, 1000)
+    with pytest.raises(ValueError, match="length = 1300: the index is for 1024 tokens"):
+        index.extend(k, v, 1300)
+    p = step_of(k, v, KeyIndex(), config=replace(CONFIG, select="query"))
+    with pytest.raises(ValueError, match="keys are chosen by tiles here"):
+        Step(index.lengths, index.starts, 1.0, p.rule)
+
+
 @pytest.mark.skipif(not ON_CARD, reason="needs 9 GB of a GPU's memory")
 def test_more_than_2_to_the_31_elements() -> None:
     near = cache(8200)
@@ -219,3 +298,5 @@ def test_what_it_does_not_take() -> None:
     two = replace(p, q=p.q.expand(1, 2, 2, 64))
     assert triton_decode.why_not(two) == "there is more than one query"
     assert triton_decode.why_not(replace(p, softcap=3.0)) == "softcap is given"
+    first = replace(p, first_position=0)
+    assert triton_decode.why_not(first) == "the query is not the last of the positions"

@@ -280,6 +280,13 @@ def test_the_best_groups_hold_the_best_keys(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(poisoned(p).selection().indices, want.indices)
 
 
+def test_groups_of_sinks_take_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(replace(TILES, top_k=4, sinks=64), keys=400, queries=70)
+    p.k[:, :, :64] *= 3
+    monkeypatch.setattr(triton_prefill, "_ALL_AT_ONCE", 0)
+    assert torch.equal(triton_prefill.select(p).counts, reference.select(in_float64(p)).counts)
+
+
 def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(replace(TILES, tile=32))
     want = triton_prefill.attention(p)
@@ -335,6 +342,14 @@ def test_values_that_are_all_the_same_stay() -> None:
     p = problem(batch=2, queries=100, keys=300)
     p = replace(p, v=torch.full_like(p.k, 3.0))
     assert torch.allclose(triton_prefill.attention(p), torch.tensor(3.0, dtype=p.q.dtype), atol=4e-3)
+
+
+def test_nan_in_a_key_stays_with_those_that_see_it() -> None:
+    p = problem(queries=200, keys=200)
+    want = triton_prefill.attention(p)
+    p.k[:, :, 150] = torch.nan
+    assert torch.isfinite(triton_prefill.attention(p)[:, :, :128]).all()
+    assert torch.isfinite(want).all()
 
 
 def test_nan_stays_in_its_rows() -> None:

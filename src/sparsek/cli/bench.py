@@ -138,4 +138,4 @@ def command(
             )
         )
     write_records(records, output, COLUMNS)
-    note_dense(configs, [test.prompt + test.depth + test.generated for test in planned])
+    note_dense(configs, [test.prompt + test.depth + test.generated for test in planned], device)

@@ -177,4 +177,4 @@ def command(
                     )
                 )
     write_records(records, output, [_BATCH, *COLUMNS] if batch > 1 else COLUMNS)
-    note_dense(configs, tokens)
+    note_dense(configs, tokens, device)

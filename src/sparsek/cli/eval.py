@@ -175,4 +175,4 @@ def command(
             write_table(found, RETRIEVAL_COLUMNS)
     else:
         write_records([*records, *found], output, COLUMNS)
-    note_dense(configs, [context])
+    note_dense(configs, [context], device)

@@ -14,6 +14,7 @@ from .. import _core
 from ..config import SparseKConfig, TopK, parse_layers
 from ..engines import base
 from ..engines.base import ENGINES, Engine
+from ..kernels.break_even import prompt_is_dense
 from .output import status
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -165,8 +166,17 @@ def make_config(
     return replace(config, **changed)
 
 
-def note_dense(configs: Sequence[SparseKConfig | None], contexts: Sequence[int]) -> None:
+def note_dense(configs: Sequence[SparseKConfig | None], contexts: Sequence[int], device: str = "cpu") -> None:
     """Say on stderr when K is not used at one of these contexts: it would look as if it cost nothing."""
+    if device == "cuda" and any(config is not None and config.select == "auto" for config in configs):
+        dense = sorted({context for context in contexts if prompt_is_dense(context)})
+        if dense:
+            click.echo(
+                f"note: at {', '.join(map(str, dense))} tokens attention on a GPU is dense whatever K is, for "
+                "that is faster (--select tile --min-context 0 uses K everywhere)",
+                err=True,
+            )
+        return
     min_context = max((config.min_context for config in configs if config is not None), default=0)
     short = sorted({context for context in contexts if context < min_context})
     if short:

@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import torch
 
-from ..kernels import reference
+from ..kernels import dispatch, reference
 from ..problem import Problem
-from ..verify import sample
+from ..verify import blocks
 
 _ONE_IN: Final = 64  # rows of each head that are looked at, but 8 of each call at least
 
@@ -48,9 +48,16 @@ def retained_mass(p: Problem) -> tuple[list[float], float, int]:
     p = on_torch(p)
     heads = p.q.shape[1]
     mass, kept, rows = torch.zeros(heads, dtype=torch.float64), 0.0, 0
-    for block in sample(p.num_queries, max(8, p.num_queries // _ONE_IN)):
-        for chunk in reference.chunks(p.rows(block)):
+    # Lists of tiles are those that the kernel made; of whole tiles, so of fewer.
+    wanted = max(8, p.num_queries // (_ONE_IN * max(1, p.rule.tile // 8)))
+    for block in blocks(p, wanted):
+        part = p.rows(block)
+        listed = dispatch.select(part).to_mask() if p.rule.tile else None
+        for chunk in reference.chunks(part):
             scores = torch.where(chunk.allowed, chunk.scores, -math.inf)
+            if listed is not None:
+                given = listed[:, :, chunk.rows, : scores.shape[-1]].reshape(chunk.kept.shape)
+                chunk = replace(chunk, kept=given)
             shares = torch.where(chunk.kept, scores.softmax(-1), 0.0).nansum(-1)  # [B, Hkv, G, R]
             mass += shares.double().sum((0, 3)).flatten().cpu()  # a row with no allowed key has no mass
             kept += float(chunk.kept.sum()) / heads

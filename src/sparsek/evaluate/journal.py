@@ -44,7 +44,7 @@ class Journal:
         if path is None:
             return cls(None, {})
         opened = {
-            "engine": f"{engine.name} {engine.version}",
+            "engine": " ".join([engine.name, engine.version, *([] if engine.device == "cpu" else ["cuda"])]),
             "model": engine.model,
             "model file": fingerprint(engine.path),
         }

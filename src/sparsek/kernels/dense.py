@@ -16,7 +16,8 @@ from . import cpu
 TAKES = "rules that keep everything, where PyTorch's own attention is the fastest"
 
 _FEW_QUERIES = 32  # measured: below this, and with a key head for each query head, PyTorch is faster
-_CUDNN_FIRST = (9, 0)  # compute capability
+_FLASH = (8, 0)  # compute capability
+_CUDNN_FIRST = (9, 0)
 _MASK_ELEMENTS = 1 << 24  # of an explicit mask made at once
 
 
@@ -46,8 +47,10 @@ def attention(p: Problem) -> Array:
     if p.mask is None and (square or last_row or not p.is_causal):
         is_causal = p.is_causal and square and not last_row
         return _on_gpu(p, None, is_causal) if _has_gpu_kernels(p) else _sdpa(p, p.q, None, is_causal)
-    if p.mask is None and p.first_position == num_keys - num_queries and _has_gpu_kernels(p):
-        return _on_gpu(p, torch.nn.attention.bias.causal_lower_right(num_queries, num_keys), False)
+    if p.mask is None and p.first_position == num_keys - num_queries >= 0 and _has_gpu_kernels(p):
+        from torch.nn.attention.bias import causal_lower_right
+
+        return _on_gpu(p, causal_lower_right(num_queries, num_keys), False)
     if p.mask is not None and not p.is_causal:
         return _sdpa(p, p.q, p.mask, False)
     # Causal but not square, or causal with a mask: SDPA needs both as one mask, made some rows at a time.
@@ -67,18 +70,21 @@ def attention(p: Problem) -> Array:
 
 
 def _has_gpu_kernels(p: Problem) -> bool:
-    """Whether PyTorch has kernels for a GPU that take the call without a mask and groups of heads as they
-    are."""
+    """Whether PyTorch has flash attention for the call, which takes groups of heads as they are."""
     assert p.v is not None
-    return arrays.on_gpu(p.q) and p.q.dtype.itemsize == 2 and p.q.shape[3] == p.v.shape[3] <= 256
+    if not (arrays.on_gpu(p.q) and p.q.dtype.itemsize == 2 and p.q.shape[3] == p.v.shape[3] <= 256):
+        return False
+    capability: tuple[int, int] = sys.modules["torch"].cuda.get_device_capability(p.q.device)
+    return capability >= _FLASH
 
 
 def _on_gpu(p: Problem, mask: Any, is_causal: bool) -> Array:
-    """cuDNN is the fastest on GPUs of compute capability 9.0 (measured on an H100); PyTorch takes another."""
+    """For prompts cuDNN is the fastest on GPUs of compute capability 9.0 (measured on an H100); PyTorch takes
+    another. It makes a new plan for every number of keys, which steps of generation would wait for."""
     torch = sys.modules["torch"]
     backend = torch.nn.attention.SDPBackend
     order = [backend.FLASH_ATTENTION, backend.MATH]
-    if torch.cuda.get_device_capability(p.q.device) >= _CUDNN_FIRST:
+    if p.num_queries > 1 and torch.cuda.get_device_capability(p.q.device) >= _CUDNN_FIRST:
         order.insert(0, backend.CUDNN_ATTENTION)
     with torch.nn.attention.sdpa_kernel(order, set_priority=True):
         return torch.nn.functional.scaled_dot_product_attention(

@@ -50,9 +50,14 @@ def describe() -> dict[str, str]:
     return {name: _load(name).TAKES for name in KERNELS}
 
 
-def _choose(p: Problem, backend: str, operation: str) -> Any:
+def check_backend(backend: str) -> None:
+    """Raises ValueError when there is no such kernel that can be asked for."""
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r}: must be one of {', '.join(map(repr, BACKENDS))}")
+
+
+def _choose(p: Problem, backend: str, operation: str) -> Any:
+    check_backend(backend)
     if backend != "auto":
         kernel = _load(backend)
         reason = kernel.why_not(p)

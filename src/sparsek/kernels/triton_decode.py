@@ -31,8 +31,7 @@ from ..policy import Rule
 from ..problem import Problem
 from ..selection import Selection
 from . import triton_prefill
-from .triton_prefill import _interpreted as interpreted
-from .triton_prefill import _power_of_2 as power_of_2
+from .triton_prefill import interpreted, on_device_of, power_of_2
 
 TAKES = "steps of generation on CUDA tensors of 16 bits, with a KeyIndex, where keys are chosen by tiles"
 
@@ -59,23 +58,27 @@ def why_not(p: Problem) -> str | None:
         return "there is more than one query"
     if p.index is None:
         return "there is no index of the keys"
-    if p.mask is None and p.first_position == p.num_keys - 1:
+    if p.first_position != p.num_keys - 1:
+        return "the query is not the last of the positions"
+    if p.mask is None:
         p = replace(p, is_causal=True)  # the last row sees everything either way
     return triton_prefill.why_not(p)
 
 
 def attention(p: Problem) -> Array:
     """Sparse-K attention: [B, H, 1, Dv] in the dtype of q."""
-    index, step = _ready(p)
-    out = p.q.new_empty((*p.q.shape[:3], _values(p).shape[3]))
-    index.attend(p.q, p.k, _values(p), out, step)
+    with on_device_of(p.q):
+        index, step = _ready(p)
+        out = p.q.new_empty((*p.q.shape[:3], _values(p).shape[3]))
+        index.attend(p.q, p.k, _values(p), out, step)
     return out
 
 
 def select(p: Problem) -> Selection:
     """The keys that `attention` keeps."""
-    index, step = _ready(p)
-    return index.select(p.q, p.k, step)
+    with on_device_of(p.q):
+        index, step = _ready(p)
+        return index.select(p.q, p.k, step)
 
 
 def _values(p: Problem) -> Array:
@@ -86,13 +89,14 @@ def _ready(p: Problem) -> tuple[DecodeIndex, Step]:
     """The index with all keys in it, and the step."""
     assert p.index is not None
     index, v = p.index.gpu, _values(p)
-    if index is None or not index.fits(p.k, v):
+    if index is None or not index.fits(p.k, v) or index.length > p.num_keys:
         room = p.num_keys + p.num_keys // 4
         index = p.index.gpu = DecodeIndex(p.k, v, room)
-    index.extend(p.k, v, p.num_keys)
     if p.ranges is None:
+        index.extend(p.k, v, p.num_keys)
         return index, Step(index.lengths, index.starts, p.scale, p.rule)
     starts, stops = (x[:, 0].contiguous() for x in p.ranges)
+    index.extend(p.k, v, p.num_keys, seen=(starts, stops))
     return index, Step(stops, starts, p.scale, p.rule)
 
 
@@ -102,6 +106,9 @@ class Step:
 
     lengths, starts: int32 [B], on the GPU: batch entry b sees the keys [starts[b], lengths[b]), of which the
     last has the position of its query. scale: factor of q.k.
+
+    Raises:
+        ValueError: the rule is not one for tiles.
     """
 
     lengths: Array
@@ -109,19 +116,33 @@ class Step:
     scale: float
     rule: Rule
 
+    def __post_init__(self) -> None:
+        if self.rule.tile == 0:
+            raise ValueError('rule: keys are chosen by tiles here: make it of select = "tile"')
+
 
 class DecodeIndex:
     """What is known of the keys and values of one layer's cache, for up to `capacity` tokens, and the memory
     that a step works in. k [B, Hkv, tokens, D], v [B, Hkv, tokens, Dv].
 
-    In a CUDA graph, with k and v in which all tokens have their place already:
+    A CUDA graph of a step, with k and v in which all tokens have their place already:
 
         index = DecodeIndex(k, v, capacity=k.shape[2])
-        index.extend(k, v, length)  # the prompt, before the graph
-        step = Step(lengths, starts, scale, rule)
-        # in the graph: write a token to k and v, add 1 to lengths, then
-        index.append(k, v, lengths, 1)
-        index.attend(q, k, v, out, step)
+        index.extend(k, v, length)  # the prompt
+        lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+        starts = torch.zeros_like(lengths)
+        step = Step(lengths, starts, head_size**-0.5, resolve(SparseKConfig(select="tile"), k.shape[2]))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            lengths += 1
+            # here the model writes the new token's key and value to k and v at lengths - 1
+            index.append(k, v, lengths, 1)
+            index.attend(q, k, v, out, step)  # q and out: [B, H, 1, D]
+
+    (`resolve` is in sparsek.policy.) Run the same lines once before capturing, for that compiles the passes.
+
+    Raises:
+        ValueError: more tokens than `capacity` are to be taken up.
     """
 
     def __init__(self, k: Array, v: Array, capacity: int) -> None:
@@ -142,12 +163,18 @@ class DecodeIndex:
         self._value_slots = max(16, power_of_2(self.value_size))
         torch = sys.modules["torch"]
         blocks = self.capacity // _BLOCK
+        with torch.inference_mode(False):  # what is made in it cannot be changed outside
+            self._make_known(blocks)
+            self._make_work()
+
+    def _make_known(self, blocks: int) -> None:
+        """What is known of keys and values; filled by `extend`."""
+        torch = sys.modules["torch"]
         self.low = self._empty(self.capacity, self._slots // 2, dtype=torch.uint8)
         self.centre = self._empty(self._slots, dtype=torch.float32)
         self.unit = self._empty(self._slots, dtype=torch.float32)
-        self.k_mean = self._empty(blocks, self.head_size, dtype=k.dtype)
-        self.v_mean = self._empty(blocks, self.value_size, dtype=k.dtype)
-        self._make_work()
+        self.k_mean = self._empty(blocks, self.head_size, dtype=self._dtype)
+        self.v_mean = self._empty(blocks, self.value_size, dtype=self._dtype)
 
     def _empty(self, *shape: int, dtype: Any) -> Array:
         torch = sys.modules["torch"]
@@ -185,10 +212,14 @@ class DecodeIndex:
 
     # ---- The cache grows, shrinks, changes places
 
-    def extend(self, k: Array, v: Array, length: int) -> None:
-        """Take up the tokens that are new among the first `length`."""
-        if self._calibrated < min(length // 4, _SAMPLE):  # what few tokens told is not good for many
-            self._calibrate(k[:, :, :length])
+    def extend(self, k: Array, v: Array, length: int, seen: tuple[Array, Array] | None = None) -> None:
+        """Take up the tokens that are new among the first `length`, of which entry b sees [seen[0][b],
+        seen[1][b]), or all."""
+        if length > self.capacity:
+            raise ValueError(f"length = {length}: the index is for {self.capacity} tokens")
+        # What few tokens told is not good for many.
+        if length > 0 and (self._calibrated == 0 or self._calibrated < min(length // 4, _SAMPLE)):
+            self._calibrate(k, length, seen)
             self.length = 0
         if self._filled != length:
             self.lengths.fill_(length)
@@ -197,11 +228,17 @@ class DecodeIndex:
             self.append(k, v, self.lengths, length - self.length)
         self.length = length
 
-    def _calibrate(self, k: Array) -> None:
-        """Centres and units of the channels, from a sample of the keys."""
+    def _calibrate(self, k: Array, length: int, seen: tuple[Array, Array] | None) -> None:
+        """Centres and units of the channels, from a sample of the keys that are seen. The largest and the
+        smallest of each channel count as less: one outlier would make all others equal."""
         torch = sys.modules["torch"]
-        self._calibrated = k.shape[2]
-        sample = k[:, :, :: -(-k.shape[2] // _SAMPLE)].flatten(0, 1).float()
+        self._calibrated = length
+        count = min(length, _SAMPLE)
+        starts, stops = (0, length) if seen is None else (x.long()[:, None] for x in seen)
+        at = starts + torch.arange(count, device=k.device) * (stops - starts) // count
+        at = at.expand(self.batch, count)[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_size)
+        sample = k.detach().gather(2, at).flatten(0, 1).float().nan_to_num(0, 0, 0).sort(1).values
+        sample = sample.clamp(sample[:, count // 50, None], sample[:, -1 - count // 50, None])
         spread, centre = torch.std_mean(sample, 1, correction=0)
         self.centre.zero_()[:, : self.head_size] = centre
         self.unit.fill_(1.0)[:, : self.head_size] = (spread * _UNIT).clamp_min(1e-6)
@@ -219,17 +256,22 @@ class DecodeIndex:
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""
         self.length = min(self.length, length)
+        self._calibrated *= self.length > 0
 
-    def reorder(self, entries: Sequence[int]) -> None:
-        """Batch entry i becomes what entry entries[i] was."""
+    def reorder(self, entries: Sequence[int]) -> DecodeIndex | None:
+        """Batch entry i becomes what entry entries[i] was. None where there is no such entry."""
+        if not entries or not all(0 <= entry < self.batch for entry in entries):
+            return None
         torch = sys.modules["torch"]
         heads = torch.arange(self.kv_heads)
         lanes = torch.as_tensor(entries)[:, None] * self.kv_heads + heads
         lanes = lanes.flatten().to(self._device)
         self.batch = len(entries)
-        for name in ("low", "centre", "unit", "k_mean", "v_mean"):
-            setattr(self, name, getattr(self, name)[lanes])
-        self._make_work()
+        with torch.inference_mode(False):
+            for name in ("low", "centre", "unit", "k_mean", "v_mean"):
+                setattr(self, name, getattr(self, name)[lanes])
+            self._make_work()
+        return self
 
     def copy(self) -> DecodeIndex:
         """One that goes its own way."""
@@ -237,7 +279,8 @@ class DecodeIndex:
         twin = copy.copy(self)
         for name, x in vars(self).items():
             if isinstance(x, torch.Tensor):
-                setattr(twin, name, x.clone())
+                with torch.inference_mode(False):
+                    setattr(twin, name, x.clone())
         return twin
 
     # ---- A step

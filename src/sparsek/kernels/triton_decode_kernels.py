@@ -52,13 +52,14 @@ def append(
     fresh = tl.maximum(length - count, 0)
     block = fresh // BLOCK + tl.program_id(0)
     j = block * BLOCK + tl.arange(0, BLOCK)
-    exists = j < length
+    exists = (j < length) & (j < capacity)
     k += which // kv_heads * k_batch + which % kv_heads * k_head
     v += which // kv_heads * v_batch + which % kv_heads * v_head
     key, value = k + j.to(tl.int64)[:, None] * k_token, v + j.to(tl.int64)[:, None] * v_token
     at = which * capacity + j
     mean_at = which * (capacity // BLOCK) + block
-    complete = (block * BLOCK + BLOCK <= length) & (block * BLOCK + BLOCK > fresh)
+    end = block * BLOCK + BLOCK
+    complete = (end <= length) & (end > fresh) & (end <= capacity)
     d, dv = tl.arange(0, HALF), tl.arange(0, BDV)
     packed = tl.zeros([BLOCK, HALF], tl.int32)
     for half in tl.static_range(2):
@@ -355,4 +356,4 @@ def combine(
         acc = acc * fading + tl.sum(weights[:, None] * x, 0)
         peak = higher
     at = which // kv_heads * o_batch + (which % kv_heads * G + head) * o_head + dv
-    tl.store(out + at, (acc / total).to(out.dtype.element_ty), mask=dv < DV)
+    tl.store(out + at, (acc / tl.where(total > 0, total, 1.0)).to(out.dtype.element_ty), mask=dv < DV)

@@ -62,6 +62,7 @@ def prepare(
         key = start + sampled * (tl.load(seen + which // kv_heads * 2 + 1) - start) // 64
     at = key * k_token
     sample = tl.load(k + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0).to(tl.float32)
+    sample = tl.where(tl.abs(sample) < float("inf"), sample, 0.0)
     centre = tl.sum(sample, 0) / 64
     scale = _unit(sample - centre[None, :], 4)
     if part == 0:
@@ -292,7 +293,7 @@ def _kth(x, K):
         counts = tl.sum(tl.sum(counts, 1), 0)
         third = tl.sum(tl.sum((x >= low + 3 * step).to(tl.int32), 1), 0)
         up = tl.where(counts & 0xFFFF >= K, 1, 0)
-        up = tl.where(counts >> 16 >= K, 2, up)
+        up = tl.where((counts >> 16) & 0xFFFF >= K, 2, up)
         low += tl.where(third >= K, 3, up) * step
     return low
 
@@ -309,9 +310,11 @@ def _choose(x, K):
     before = (tl.cumsum(of_row, 0) - of_row)[:, None] + tl.cumsum(counts, 1) - counts
     total = tl.sum(of_row, 0)
     room = K - (total & 0xFFFF)
-    chosen = (counts & 1 > 0) | ((counts > 0xFFFF) & (before >> 16 < room))
-    place = (before & 0xFFFF) + tl.minimum(before >> 16, room)
-    return chosen, place, tl.sum(chosen.to(tl.int32), 1), (total & 0xFFFF) + tl.minimum(total >> 16, room)
+    equals = (before >> 16) & 0xFFFF
+    chosen = ((counts & 1) > 0) | ((counts > 0xFFFF) & (equals < room))
+    place = (before & 0xFFFF) + tl.minimum(equals, room)
+    of_row = tl.sum(chosen.to(tl.int32), 1)
+    return chosen, place, of_row, (total & 0xFFFF) + tl.minimum((total >> 16) & 0xFFFF, room)
 
 
 @triton.jit
@@ -335,8 +338,8 @@ def choose(
     number of keys that are neither in the list nor in the window, which the tail needs.
 
     With GROUPS, the groups of GROUP keys are chosen first by their largest scores: the K best keys are in
-    the K best groups (one of which may be there for a sink: then a key near the K-th is lost). `hits` has a
-    byte for each block.
+    the K best groups (one may be there for a sink or a key of the window: then one near the K-th is lost).
+    `hits` has a byte for each block.
     """
     local, which = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
     tile = slab + local
@@ -351,7 +354,7 @@ def choose(
     if GROUPS:
         groups += (which * tl.num_programs(0) + local) * SUBS * (padded // GROUP)
         g = tl.arange(0, GROUPS // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
-        inside = g * GROUP < end
+        inside = (g * GROUP < end) & (g * GROUP + GROUP > SINKS)
         if RANGES:
             inside = inside & (g * GROUP + GROUP > low)
         x = _largest_of(groups, g, inside, padded // GROUP, SUBS)

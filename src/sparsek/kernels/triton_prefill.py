@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Final
@@ -36,7 +37,7 @@ _HEAD_SIZE: Final = 256
 _GROUP_HEADS: Final = 16
 _TOP_K: Final = 2048
 _SINKS: Final = 64
-_MAX_TOKENS: Final = 1 << 24
+_MAX_TOKENS: Final = 1_000_000  # `choose` counts groups in 16 bits
 _OLDEST: Final = (8, 0)  # compute capability: Ampere
 _FLOAT8: Final = (8, 9)
 _SLAB_BYTES: Final = 256 << 20
@@ -64,7 +65,7 @@ def why_not(p: Problem) -> str | None:
 def _why_not_here(p: Problem) -> str | None:
     torch = sys.modules["torch"]
     if p.q.device.type != "cuda":
-        return None if _interpreted() else f"the inputs are on {p.q.device}"
+        return None if interpreted() else f"the inputs are on {p.q.device}"
     capability = torch.cuda.get_device_capability(p.q.device)
     if capability < _OLDEST:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, 8.0 is needed"
@@ -99,15 +100,23 @@ def _why_not_so(p: Problem) -> str | None:
 
 def attention(p: Problem) -> Array:
     """Sparse-K attention: [B, H, Tq, Dv] in the dtype of q."""
-    return _Call(p).run()
+    with on_device_of(p.q):
+        return _Call(p).run()
 
 
 def select(p: Problem) -> Selection:
     """The keys that `attention` keeps. The lists of all rows: much memory for many rows."""
-    return _Call(p).selection()
+    with on_device_of(p.q):
+        return _Call(p).selection()
 
 
-def _interpreted() -> bool:
+def on_device_of(x: Array) -> AbstractContextManager[None]:
+    """Triton launches on PyTorch's current device, which need not be that of the tensors."""
+    return sys.modules["torch"].cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -151,7 +160,7 @@ class _Call:
         v = p.k if p.v is None else p.v
         self.v = v if v.stride(3) == 1 else v.contiguous()
         self.value_size = self.v.shape[3]
-        self.value_slots = max(16, _power_of_2(self.value_size))
+        self.value_slots = max(16, power_of_2(self.value_size))
         self.window = max(p.rule.window, 1)  # a tile's own positions are always kept
         self.first = p.first_position
         self.tiles = -(-(self.first + p.num_queries) // p.rule.tile) - self.first // p.rule.tile
@@ -167,7 +176,7 @@ class _Call:
             self.of_all = self._of_all(*(of_whole or p.ranges))
 
         low = _low_dtype(p.q)
-        self.group_slots = _power_of_2(self.group)
+        self.group_slots = power_of_2(self.group)
         # Positions of a program: with the heads of the group they make the columns of its products.
         self.positions = min(p.rule.tile, _COLUMNS // self.group_slots)
         self.parts = p.rule.tile // self.positions
@@ -182,7 +191,7 @@ class _Call:
         def empty(*shape: int, dtype: Any) -> Array:
             return torch.empty(shape, dtype=dtype, device=p.q.device)
 
-        padded_size = max(32, _power_of_2(self.head_size))
+        padded_size = max(32, power_of_2(self.head_size))
         self.low = empty(self.lanes, self.padded, padded_size, dtype=low)
         self.low_mean = empty(self.lanes, self.padded // 64, padded_size, dtype=low)
         self.units = empty(self.lanes, 2, dtype=torch.float32)
@@ -311,10 +320,10 @@ class _Call:
             self.scores, self.groups, self.lists, self.counts, self.hits, self.tail, self.of_tiles,
             self.kv_heads, self.padded, self.first, start, self.tiles,
             T=rule.tile, SUBS=self.score_parts, WINDOW=self.window, SINKS=rule.sinks,
-            SINK_SLOTS=_power_of_2(rule.sinks), K=rule.top_k, SIZE=self.size, GROUP=_GROUP,
-            GROUPS=max(32, _power_of_2(groups)) if grouped else 0,
-            ROWS=max(16, _power_of_2(rule.top_k if grouped else groups)),
-            WORDS=_power_of_2(self.padded // 256), RANGES=self.masked, num_warps=8,
+            SINK_SLOTS=power_of_2(rule.sinks), K=rule.top_k, SIZE=self.size, GROUP=_GROUP,
+            GROUPS=max(32, power_of_2(groups)) if grouped else 0,
+            ROWS=max(16, power_of_2(rule.top_k if grouped else groups)),
+            WORDS=power_of_2(self.padded // 256), RANGES=self.masked, num_warps=8,
         )  # fmt: skip
 
     def _end(self, start: int, tiles: int) -> int:
@@ -349,6 +358,6 @@ def _low_dtype(q: Array) -> Any:
     return torch.float8_e4m3fn
 
 
-def _power_of_2(n: int) -> int:
+def power_of_2(n: int) -> int:
     """The smallest power of two that is at least `n`, and 1."""
     return 1 << max(0, n - 1).bit_length()
