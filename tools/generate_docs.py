@@ -181,14 +181,14 @@ def gpu() -> str:
     first, machine = records[0], records[0]["environment"]
     timing = " and ".join(TIMINGS[name] for name in sorted({r["timing"] for r in records}, reverse=True))
     return (
-        "On a GPU, the attention call on random inputs beside the faster of PyTorch's cuDNN and flash attention; "
-        "a ratio over 1 says that ours is faster. *all*: attention is dense, for that is faster. The ratio to "
-        "FlexAttention is to its time over as many keys in random blocks of 128, which nobody had to choose: it "
-        "shows what choosing costs.\n\n"
+        "On a GPU, the attention call on random inputs beside the faster of PyTorch's cuDNN and flash "
+        "attention; a ratio over 1 says that ours is faster. *all*: attention is dense, for that is faster. The "
+        "ratio to FlexAttention is to its time over as many keys in random blocks of 128, which nobody had to "
+        "choose: it shows what choosing costs.\n\n"
         f"{markdown_table(['tokens', *titles, 'ratio to FlexAttention', *ends], prompts)}\n\n"
         "One query over keys that have been indexed, as in a step of generation. Host: what one call costs "
-        "Python, which is not in the other times, for they are replays of CUDA graphs; without graphs a step is "
-        "no faster than that.\n\n"
+        "Python, which is not in the other times, for they are replays of CUDA graphs; without graphs a step "
+        "is no faster than that.\n\n"
         f"{markdown_table(['keys', 'batch', *titles, 'host', *ends], steps)}\n\n"
         f"{first['heads']}/{first['kv_heads']} heads of {first['head_dim']}, {first['dtype']}, "
         f"{machine['gpu']}, PyTorch {machine['torch_version']}, CUDA {machine['cuda']}, "
@@ -209,8 +209,8 @@ def _gpu_quality() -> str:
         rows.append([r["model"], where, keys, f"{r['kept_mean']:.0f}", ratio, kl, f"{r['same_top']:.3f}"])
     titles = ["model", "computed on", "K", "keys kept", "perplexity ratio", "KL", "same top token"]
     return (
-        "What these lists cost, at 8192 tokens (`sparsek eval`, one window, beside dense attention in the same "
-        "run; on the CPU the reference, whose lists are exact):\n\n"
+        "What these lists cost, at 8192 tokens (`sparsek eval`, one window, beside dense attention in the "
+        "same run; on the CPU the reference, whose lists are exact):\n\n"
         f"{markdown_table(titles, rows)}"
     )
 

@@ -16,8 +16,8 @@ class KeyIndex:
         attention(q_new, k_longer, v_longer, config=config, index=index)  # a step: O(new tokens)
 
     Choosing the best keys needs a pass over all of them. With an index that pass reads a quarter of their
-    bytes, and of k and v only the chosen rows. The results are the same with and without it. On a GPU the index
-    holds 4 bits of each number: choosing with it is not exact, and without it a step is dense attention.
+    bytes, and of k and v only the chosen rows. The results are the same with and without it. On a GPU the
+    index holds 4 bits of each number: choosing with it is not exact, and without it a step is dense.
 
     The index trusts that the first `length` tokens of k and v are those it has seen: call `truncate` where a
     cache was cropped or overwritten, `reorder` where batch entries changed places. It needs about 1.1 bytes

@@ -172,8 +172,8 @@ def note_dense(configs: Sequence[SparseKConfig | None], contexts: Sequence[int],
         dense = sorted({context for context in contexts if prompt_is_dense(context)})
         if dense:
             click.echo(
-                f"note: at {', '.join(map(str, dense))} tokens attention on a GPU is dense whatever K is, for "
-                "that is faster (--select tile --min-context 0 uses K everywhere)",
+                f"note: at {', '.join(map(str, dense))} tokens attention on a GPU is dense whatever K is, "
+                "for that is faster (--select tile --min-context 0 uses K everywhere)",
                 err=True,
             )
         return
