@@ -183,8 +183,8 @@ def gpu() -> str:
     return (
         "On a GPU, the attention call on random inputs beside the faster of PyTorch's cuDNN and flash "
         "attention; a ratio over 1 says that ours is faster. *all*: attention is dense, for that is faster. "
-        "The ratio to FlexAttention is to its time over as many keys in random blocks of 128, which nobody had "
-        "to choose: it shows what choosing costs.\n\n"
+        "The ratio to FlexAttention is to its time over as many keys in random blocks of 128, which nobody "
+        "had to choose: it shows what choosing costs.\n\n"
         f"{markdown_table(['tokens', *titles, 'ratio to FlexAttention', *ends], prompts)}\n\n"
         "One query over keys that have been indexed, as in a step of generation. Host: what one call costs "
         "Python, which is not in the other times, for they are replays of CUDA graphs; without graphs a step "
