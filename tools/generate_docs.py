@@ -27,6 +27,7 @@ from sparsek.report.tables import markdown_table, milliseconds, with_error
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "benchmarks"
+TARGET = 0.01  # of KL
 
 
 def main() -> int:
@@ -205,8 +206,17 @@ def _gpu_quality() -> str:
     for r in _records("quality-gpu.jsonl"):
         keys = str(fixed(SparseKConfig.from_dict(r["config"]), r["context"], r["device"]).top_k)
         ratio, kl = with_error(r["ppl_ratio"], r["ppl_ratio_se"]), with_error(r["kl_mean"], r["kl_se"])
-        where = {"cuda": "GPU", "cpu": "CPU, reference"}[r["device"]]
-        rows.append([r["model"], where, keys, f"{r['kept_mean']:.0f}", ratio, kl, f"{r['same_top']:.3f}"])
+        rows.append(
+            [
+                r["model"],
+                PLACES[r["device"]],
+                keys,
+                f"{r['kept_mean']:.0f}",
+                ratio,
+                kl,
+                f"{r['same_top']:.3f}",
+            ]
+        )
     titles = ["model", "computed on", "K", "keys kept", "perplexity ratio", "KL", "same top token"]
     return (
         "What these lists cost, at 8192 tokens (`sparsek eval`, one window, beside dense attention in the "
@@ -221,9 +231,6 @@ TIMINGS = {"graph": "replayed CUDA graphs", "calls": "plain calls"}
 def _cudnn(version: int) -> str:
     """91501 is 9.15.1."""
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
-
-
-TARGET = 0.01  # of KL
 
 
 def study_kl() -> str:
@@ -256,16 +263,32 @@ def study_rules() -> str:
     return markdown_table(["tokens", *studied, "sqrt(N)", "N/64 to N/32", "auto"], rows)
 
 
-def _needed(found: dict[int, dict[str, Any]]) -> str:
-    """The smallest K whose KL is TARGET, between the measured ones."""
+def study_tiles() -> str:
+    """Lists of tiles beside the K that costs as much where each query has its own."""
+    studied, rows = _study(), []
+    for r in _records("quality-gpu.jsonl"):
+        found = studied.get(r["model"], {}).get(r["context"], {})
+        keys = fixed(SparseKConfig.from_dict(r["config"]), r["context"], r["device"]).top_k
+        same = _needed(found, r["kl_mean"])
+        rows.append([r["model"], PLACES[r["device"]], str(keys), f"{r['kl_mean']:.4f}", same])
+    return markdown_table(
+        ["model", "computed on", "keys of a list", "KL", "K of each query with that KL"], rows
+    )
+
+
+PLACES = {"cuda": "GPU", "cpu": "CPU, reference"}
+
+
+def _needed(found: dict[int, dict[str, Any]], target: float = TARGET) -> str:
+    """The smallest K whose KL is `target`, between the measured ones."""
     points = sorted((k, r["kl_mean"]) for k, r in found.items())
     if not points:
         return "-"
-    if points[0][1] <= TARGET:
+    if points[0][1] <= target:
         return f"under {points[0][0]}"
     for (k0, kl0), (k1, kl1) in itertools.pairwise(points):
-        if kl1 <= TARGET:
-            share = math.log(kl0 / TARGET) / math.log(kl0 / kl1)
+        if kl1 <= target:
+            share = math.log(kl0 / target) / math.log(kl0 / kl1)
             return f"{k0 * (k1 / k0) ** share:.0f}"
     return f"over {points[-1][0]}"
 
@@ -363,6 +386,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "study_kl": study_kl,
     "study_rules": study_rules,
     "study_forms": study_forms,
+    "study_tiles": study_tiles,
     "study_tune": study_tune,
 }
 

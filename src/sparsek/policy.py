@@ -14,7 +14,7 @@ AUTO_STEP = 16
 AUTO_MIN = 32
 _AUTO_TILE = (384, 512)  # one list for a tile; the first up to 8192 tokens
 _AUTO_TILE_SHORT = 8192
-_LIST_PER_K = 6  # about as good as K for each query: README, GPU
+_LIST_PER_K = 6  # about as good as K for each query: docs/choosing-k.md
 _LONGEST_LIST = 2048  # that the GPU kernels take
 _MAX_CONTEXT = 2**53  # what a float counts exactly
 

@@ -37,6 +37,8 @@ class Problem:
         scale: factor of q.k. softcap: None, or scores become softcap * tanh(score / softcap).
         rule: what each row keeps.
         index: of k and v, for the kernels that can use it.
+        starts: int32 [B, Tq], a torch tensor: of causal sequences packed one after another, the first
+            position of the row's own. Says what a mask would, which is None then; see `with_mask`.
         whole: the problem of which this is some rows. Estimates that go by all rows are then made as there.
     """
 
@@ -50,6 +52,7 @@ class Problem:
     softcap: float | None
     rule: Rule
     index: KeyIndex | None = None
+    starts: Array | None = None
     whole: Problem | None = field(default=None, repr=False)
 
     @property
@@ -63,8 +66,23 @@ class Problem:
     def rows(self, rows: slice) -> Problem:
         """The same problem for the query rows [start, stop) alone."""
         mask = None if self.mask is None else self.mask[:, :, rows]
+        starts = None if self.starts is None else self.starts[:, rows]
         first = self.first_position + rows.start
-        return replace(self, q=self.q[:, :, rows], mask=mask, first_position=first, whole=self.whole or self)
+        return replace(
+            self,
+            q=self.q[:, :, rows],
+            mask=mask,
+            starts=starts,
+            first_position=first,
+            whole=self.whole or self,
+        )
+
+    def with_mask(self) -> Problem:
+        """The same with a mask in the place of `starts`: Tq x Tk memory."""
+        if self.starts is None:
+            return self
+        key = arrays.arange(self.num_keys, self.k)
+        return replace(self, mask=key >= self.starts[:, None, :, None], starts=None)
 
     @property
     def keeps_all(self) -> bool:
@@ -73,7 +91,10 @@ class Problem:
     @cached_property
     def ranges(self) -> tuple[Array, Array] | None:
         """The keys that the mask lets each row see, as `key_ranges` has them: for torch tensors alone.
-        Looks at the whole mask, once. None without a mask."""
+        Looks at the whole mask, once. None where rows see all up to their position."""
+        if self.starts is not None:
+            last = arrays.arange(self.num_queries, self.k) + self.first_position
+            return self.starts, (last + 1).to(self.starts.dtype).expand_as(self.starts).contiguous()
         if self.mask is None:
             return None
         mask = self.mask.expand(self.q.shape[0], -1, -1, -1)

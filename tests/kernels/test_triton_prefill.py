@@ -280,6 +280,21 @@ def test_the_best_groups_hold_the_best_keys(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(poisoned(p).selection().indices, want.indices)
 
 
+def test_packed_sequences_by_where_they_start() -> None:
+    """No mask of queries x keys is made, and nothing else changes."""
+    p = problem(batch=2, queries=200, keys=200)
+    starts = torch.zeros(2, 200, dtype=torch.int32, device=DEVICE)
+    starts[0, 70:], starts[1, 130:] = 70, 130
+    packed = replace(p, starts=starts)
+    out = assert_right(packed)
+    masked = packed.with_mask()
+    assert masked.mask is not None
+    assert torch.equal(out, triton_prefill.attention(masked))
+    assert torch.equal(reference.attention(packed), reference.attention(masked))
+    rows = slice(64, 128)
+    assert torch.equal(triton_prefill.attention(packed.rows(rows)), out[:, :, rows])
+
+
 def test_groups_of_sinks_take_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(replace(TILES, top_k=4, sinks=64), keys=400, queries=70)
     p.k[:, :, :64] *= 3

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Final, TypeVar
 
@@ -181,8 +182,14 @@ def sparsek_attention(
         getattr(module, "layer_idx", _NO_LAYER),
     )
     index = index_of(key)
-    out = _attention_op(*arguments) if index is None else _attend(*arguments, index)
+    # As an operation where somebody looks into it; that costs 30 microseconds.
+    opaque = index is None and (torch.compiler.is_compiling() or _wants_gradient(query, key, value))
+    out = _attention_op(*arguments) if opaque else _attend(*arguments, index)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _wants_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 @torch.library.custom_op("sparsek::attention", mutates_args=())
@@ -217,9 +224,8 @@ def _attend(
     layer: int,
     index: KeyIndex | None = None,
 ) -> torch.Tensor:
-    if positions is not None:
-        mask = _packed_mask(positions)
-    elif mask is not None and mask.dtype != torch.bool:
+    starts = None if positions is None else _sequence_starts(positions)
+    if mask is not None and mask.dtype != torch.bool:
         # Transformers writes "forbidden" as the smallest number of the dtype; here it is -inf.
         mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
     problem = make_problem(
@@ -235,6 +241,8 @@ def _attend(
         context=sliding_window,
         index=index,
     )
+    if starts is not None:
+        problem = replace(problem, starts=starts.expand(q.shape[0], -1).contiguous())
     problem = dispatch.settled(problem)
     out: torch.Tensor = dispatch.attention(problem)
     for observer in tuple(_observers):
@@ -262,14 +270,15 @@ def _no_gradient(*_: Any) -> Any:
 _attention_op.register_autograd(_no_gradient)
 
 
-def _packed_mask(positions: torch.Tensor) -> torch.Tensor | None:
-    """[B, 1, T, T], True within one sequence, from positions [B, T] that restart; None for one sequence.
-    A gap upwards is no new sequence."""
+def _sequence_starts(positions: torch.Tensor) -> torch.Tensor | None:
+    """The first index of each token's own sequence, int32 [B, T], from positions [B, T] that restart; None
+    for one sequence. A gap upwards is no new sequence."""
     restarts = positions.diff(dim=-1) <= 0
     if not bool(restarts.any()):
         return None
-    sequence = torch.nn.functional.pad(restarts.cumsum(-1), (1, 0))
-    return sequence[:, None, :, None] == sequence[:, None, None, :]
+    index = torch.arange(1, positions.shape[1], dtype=torch.int32, device=positions.device)
+    starts = torch.where(restarts, index, 0).cummax(-1).values
+    return torch.nn.functional.pad(starts, (1, 0))
 
 
 def _refuse_unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:

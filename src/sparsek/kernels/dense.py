@@ -6,6 +6,7 @@ The compiled kernel does the same faster in most cases; here the others run, and
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 from .. import _core, arrays
@@ -79,14 +80,13 @@ def _has_gpu_kernels(p: Problem) -> bool:
 
 
 def _on_gpu(p: Problem, mask: Any, is_causal: bool) -> Array:
-    """For prompts cuDNN is the fastest on GPUs of compute capability 9.0 (measured on an H100); PyTorch takes
-    another. It makes a new plan for every number of keys, which steps of generation would wait for."""
+    """For prompts cuDNN is the fastest on GPUs of compute capability 9.0 (measured on an H100), and PyTorch
+    takes another. It makes a new plan for every number of keys, which steps of generation would wait for."""
     torch = sys.modules["torch"]
     backend = torch.nn.attention.SDPBackend
-    order = [backend.FLASH_ATTENTION, backend.MATH]
-    if p.num_queries > 1 and torch.cuda.get_device_capability(p.q.device) >= _CUDNN_FIRST:
-        order.insert(0, backend.CUDNN_ATTENTION)
-    with torch.nn.attention.sdpa_kernel(order, set_priority=True):
+    order = [backend.CUDNN_ATTENTION, backend.FLASH_ATTENTION, backend.MATH]
+    prompt = p.num_queries > 1 and torch.cuda.get_device_capability(p.q.device) >= _CUDNN_FIRST
+    with torch.nn.attention.sdpa_kernel(order, set_priority=True) if prompt else nullcontext():
         return torch.nn.functional.scaled_dot_product_attention(
             p.q, p.k, p.v, attn_mask=mask, is_causal=is_causal, scale=p.scale,
             enable_gqa=p.q.shape[1] != p.k.shape[1],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from typing import Any, Final
 
@@ -36,13 +37,15 @@ def select(p: Problem, backend: str = "auto") -> Selection:
 
 
 def settled(p: Problem, backend: str = "auto") -> Problem:
-    """The problem with a rule that says for good whether attention is dense. Parts of it are to be computed
-    as the whole is."""
-    if not p.rule.or_dense:
-        return p
-    dense = backend == "auto" and not p.keeps_all and break_even.dense_is_better(p)
-    rule = replace(p.rule, or_dense=False, top_k=p.num_keys if dense else p.rule.top_k)
-    return replace(p, rule=rule)
+    """The problem with a rule that says for good whether attention is dense, and with a mask where packed
+    sequences need one. Parts of it are to be computed as the whole is."""
+    if p.rule.or_dense:
+        dense = backend == "auto" and not p.keeps_all and break_even.dense_is_better(p)
+        rule = replace(p.rule, or_dense=False, top_k=p.num_keys if dense else p.rule.top_k)
+        p = replace(p, rule=rule)
+    if p.starts is not None and _load("triton_prefill").why_not(p) is not None:
+        p = p.with_mask()
+    return p
 
 
 def describe() -> dict[str, str]:
@@ -76,5 +79,6 @@ def _choose(p: Problem, backend: str, operation: str) -> Any:
     raise AssertionError("the reference takes every call")
 
 
+@cache
 def _load(name: str) -> Any:
     return import_module(f".{name}", __package__)

@@ -134,6 +134,8 @@ def _chunk(p: Problem, k: Array, rows: slice) -> Chunk:
     reachable = key <= position  # [R, n]
     allowed = reachable if p.is_causal else xp.ones_like(reachable)
     bias = None
+    if p.starts is not None:
+        allowed = allowed & (key >= p.starts[:, None, None, rows, None])
     if p.mask is not None:
         mask = _split_heads(p.mask[:, :, rows, :n], kv_heads)
         if mask.dtype == xp.bool:
