@@ -93,8 +93,9 @@ class Problem:
         """The keys that the mask lets each row see, as `key_ranges` has them: for torch tensors alone.
         Looks at the whole mask, once. None where rows see all up to their position."""
         if self.starts is not None:
-            last = arrays.arange(self.num_queries, self.k) + self.first_position
-            return self.starts, (last + 1).to(self.starts.dtype).expand_as(self.starts).contiguous()
+            stops = arrays.arange(self.num_queries, self.k) + (self.first_position + 1)
+            starts = self.starts.contiguous()
+            return starts, stops.to(starts.dtype).expand_as(starts).contiguous()
         if self.mask is None:
             return None
         mask = self.mask.expand(self.q.shape[0], -1, -1, -1)
