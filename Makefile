@@ -98,9 +98,9 @@ bench: $(READY) ## measure the embedded model and record it in benchmarks/; want
 	done > build/break-even.jsonl
 	mv build/quality.jsonl build/speed-llama.jsonl build/speed-transformers.jsonl build/attention.jsonl build/break-even.jsonl benchmarks/
 
-EMBEDDED := from sparsek.engines.model_file import embedded_model; print(embedded_model())
 GPU := $(BIN)/sparsek bench-attention --device cuda --heads 32 --kv-heads 8 --head-dim 128 \
   --dtype bfloat16 -o jsonl
+QUALITY_GPU := $(BIN)/sparsek eval --device cuda --context 8192 -o jsonl
 bench-gpu: $(READY) ## measure speed and quality on a CUDA device and record them in benchmarks/; MODEL=... adds one
 	mkdir -p build
 	$(GPU) --tokens 1024,2048,4096,8192,16384,32768,65536,131072 > build/attention-gpu.jsonl
@@ -108,9 +108,8 @@ bench-gpu: $(READY) ## measure speed and quality on a CUDA device and record the
 	for batch in 1 8; do \
 	  $(GPU) --select tile --tokens 8192,32768,131072 --queries 1 --index --batch $$batch || exit 1; \
 	done >> build/attention-gpu.jsonl
-	for model in $$($(BIN)/python -c '$(EMBEDDED)') $(MODEL); do \
-	  $(BIN)/sparsek eval --device cuda -m $$model --context 8192 -o jsonl || exit 1; \
-	done > build/quality-gpu.jsonl
+	$(QUALITY_GPU) > build/quality-gpu.jsonl
+	$(if $(MODEL),$(QUALITY_GPU) -m $(MODEL) >> build/quality-gpu.jsonl)
 	mv build/attention-gpu.jsonl build/quality-gpu.jsonl benchmarks/
 
 # Quality against K at several lengths, and of other forms at one K. Sliding windows under 1024 stay dense.

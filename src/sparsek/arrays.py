@@ -26,6 +26,13 @@ def on_gpu(x: Array) -> bool:
     return is_torch(x) and bool(x.is_cuda)
 
 
+def wants_gradient(*tensors: Array | None) -> bool:
+    """Whether autograd would follow what is done with these torch tensors."""
+    return bool(sys.modules["torch"].is_grad_enabled()) and any(
+        x is not None and x.requires_grad for x in tensors
+    )
+
+
 def namespace(x: Array) -> Module:
     """The module whose functions work on `x`."""
     return sys.modules["torch"] if is_torch(x) else np

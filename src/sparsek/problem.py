@@ -84,6 +84,13 @@ class Problem:
         key = arrays.arange(self.num_keys, self.k)
         return replace(self, mask=key >= self.starts[:, None, :, None], starts=None)
 
+    def with_rule(self, rule: Rule) -> Problem:
+        """The same with another rule. What was found out about the mask stays."""
+        p = replace(self, rule=rule)
+        if "ranges" in vars(self):
+            vars(p)["ranges"] = self.ranges
+        return p
+
     @property
     def keeps_all(self) -> bool:
         return self.rule.keeps_all(self.num_keys)

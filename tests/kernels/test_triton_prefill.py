@@ -295,6 +295,12 @@ def test_packed_sequences_by_where_they_start() -> None:
     assert torch.equal(triton_prefill.attention(packed.rows(rows)), out[:, :, rows])
 
 
+def test_another_rule_does_not_look_at_the_mask_again() -> None:
+    p = problem(mask=torch.ones(1, 1, 130, 130, dtype=torch.bool, device=DEVICE).tril())
+    assert p.ranges is not None
+    assert p.with_rule(replace(p.rule, top_k=5)).ranges is p.ranges
+
+
 def test_groups_of_sinks_take_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(replace(TILES, top_k=4, sinks=64), keys=400, queries=70)
     p.k[:, :, :64] *= 3

@@ -26,6 +26,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from ..arrays import wants_gradient
 from ..config import SparseKConfig
 from ..kernels import dispatch
 from ..key_index import KeyIndex
@@ -183,13 +184,9 @@ def sparsek_attention(
     )
     index = index_of(key)
     # As an operation where somebody looks into it; that costs 30 microseconds.
-    opaque = index is None and (torch.compiler.is_compiling() or _wants_gradient(query, key, value))
+    opaque = index is None and (torch.compiler.is_compiling() or wants_gradient(query, key, value))
     out = _attention_op(*arguments) if opaque else _attend(*arguments, index)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _wants_gradient(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 @torch.library.custom_op("sparsek::attention", mutates_args=())

@@ -27,7 +27,7 @@ def dense_is_better(p: Problem) -> bool:
             return True
         reason = triton_decode.why_not(p)
     else:
-        if p.num_queries * (p.num_keys - p.num_queries // 2) < _PROMPT_PAIRS:
+        if _has_few_pairs(p.num_queries, p.num_keys):
             return True
         reason = triton_prefill.why_not(p)
     if reason is not None:
@@ -37,7 +37,11 @@ def dense_is_better(p: Problem) -> bool:
 
 def prompt_is_dense(tokens: int) -> bool:
     """Whether a prompt of so many tokens is attended to densely, for it is faster."""
-    return tokens * (tokens - tokens // 2) < _PROMPT_PAIRS
+    return _has_few_pairs(tokens, tokens)
+
+
+def _has_few_pairs(queries: int, keys: int) -> bool:
+    return queries * (keys - queries // 2) < _PROMPT_PAIRS
 
 
 def _least_keys() -> int:

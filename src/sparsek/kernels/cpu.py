@@ -26,7 +26,7 @@ def why_not(p: Problem) -> str | None:
     if arrays.is_torch(p.q):
         if p.q.device.type != "cpu":
             return f"the inputs are on {p.q.device}"
-        if _wants_gradient(p):
+        if arrays.wants_gradient(p.q, p.k, p.v, p.mask):
             return "a gradient is wanted"
     if p.rule.tile and not p.keeps_all:
         return "keys are chosen by tiles"
@@ -88,11 +88,6 @@ def select(p: Problem) -> Selection:
         num_threads=_threads(p.q),
     )
     return Selection(indices, counts, p.num_keys)
-
-
-def _wants_gradient(p: Problem) -> bool:
-    grad_enabled: bool = arrays.namespace(p.q).is_grad_enabled()
-    return grad_enabled and any(x is not None and x.requires_grad for x in (p.q, p.k, p.v, p.mask))
 
 
 def _only_forbids(mask: Array) -> bool:

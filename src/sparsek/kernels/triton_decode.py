@@ -5,9 +5,10 @@ bits and the means of blocks of 64 keys and values, an eighth of the cache's byt
 (kernels in triton_decode_kernels.py), for B x Hkv key heads side by side and all parts of the cache at once:
 
     append   new keys into the index
-    survey   scores of the means of blocks; log-sum-exp of every row, estimated; the sinks and the window
+    survey   scores of the means of blocks; log-sum-exp of every row, estimated
     score    every key: the largest share of the softmax that a row gives it; a histogram of the shares
-    attend   softmax over those of the `top_k` best keys, and the means of those blocks, that are in a part
+    attend   softmax over those of the `top_k` best keys, and the means of those blocks, that are in a part;
+             in a part of its own over the sinks and the window
     combine  the parts
 
 What is kept is what `select = "tile"` means for a tile of which one row is there. Selection is not exact:
@@ -31,7 +32,7 @@ from ..policy import Rule
 from ..problem import Problem
 from ..selection import Selection
 from . import triton_prefill
-from .triton_prefill import interpreted, on_device_of, power_of_2
+from .triton_prefill import interpreted, on_device_of, power_of_2, rows_of, values_of
 
 TAKES = "steps of generation on CUDA tensors of 16 bits, with a KeyIndex, where keys are chosen by tiles"
 
@@ -69,8 +70,8 @@ def attention(p: Problem) -> Array:
     """Sparse-K attention: [B, H, 1, Dv] in the dtype of q."""
     with on_device_of(p.q):
         index, step = _ready(p)
-        out = p.q.new_empty((*p.q.shape[:3], _values(p).shape[3]))
-        index.attend(p.q, p.k, _values(p), out, step)
+        out = p.q.new_empty((*p.q.shape[:3], values_of(p).shape[3]))
+        index.attend(p.q, p.k, values_of(p), out, step)
     return out
 
 
@@ -81,14 +82,10 @@ def select(p: Problem) -> Selection:
         return index.select(p.q, p.k, step)
 
 
-def _values(p: Problem) -> Array:
-    return p.k if p.v is None else p.v
-
-
 def _ready(p: Problem) -> tuple[DecodeIndex, Step]:
     """The index with all keys in it, and the step."""
     assert p.index is not None
-    index, v = p.index.gpu, _values(p)
+    index, v = p.index.gpu, values_of(p)
     if index is None or not index.fits(p.k, v) or index.length > p.num_keys:
         room = p.num_keys + p.num_keys // 4
         index = p.index.gpu = DecodeIndex(p.k, v, room)
@@ -161,15 +158,14 @@ class DecodeIndex:
         self._overlap = k.is_cuda and sys.modules["torch"].cuda.get_device_capability(k.device) >= _OVERLAP
         self._slots = max(64, power_of_2(self.head_size))
         self._value_slots = max(16, power_of_2(self.value_size))
-        torch = sys.modules["torch"]
-        blocks = self.capacity // _BLOCK
-        with torch.inference_mode(False):  # what is made in it cannot be changed outside
-            self._make_known(blocks)
+        with sys.modules["torch"].inference_mode(False):  # what is made in it cannot be changed outside
+            self._make_known()
             self._make_work()
 
-    def _make_known(self, blocks: int) -> None:
+    def _make_known(self) -> None:
         """What is known of keys and values; filled by `extend`."""
         torch = sys.modules["torch"]
+        blocks = self.capacity // _BLOCK
         self.low = self._empty(self.capacity, self._slots // 2, dtype=torch.uint8)
         self.centre = self._empty(self._slots, dtype=torch.float32)
         self.unit = self._empty(self._slots, dtype=torch.float32)
@@ -245,7 +241,7 @@ class DecodeIndex:
 
     def append(self, k: Array, v: Array, lengths: Array, count: int) -> None:
         """Take up the last `count` of the first lengths [B] tokens of each batch entry."""
-        k, v = _rows(k), _rows(v)
+        k, v = rows_of(k), rows_of(v)
         blocks = 1 if count == 1 else count // _BLOCK + 2
         self.kernels.append[blocks, self.batch * self.kv_heads](
             k, v, self.low, self.centre, self.unit, self.k_mean, self.v_mean, lengths,
@@ -287,7 +283,7 @@ class DecodeIndex:
 
     def attend(self, q: Array, k: Array, v: Array, out: Array, step: Step) -> None:
         """Sparse-K attention of q [B, H, 1, D] into out [B, H, 1, Dv]; no synchronisation, no new memory."""
-        q, k, v = _rows(q), _rows(k), _rows(v)
+        q, k, v = rows_of(q), rows_of(k), rows_of(v)
         self._score(q, k, step)
         lanes, group = self.batch * self.kv_heads, q.shape[1] // self.kv_heads
         rule = step.rule
@@ -336,7 +332,7 @@ class DecodeIndex:
     def select(self, q: Array, k: Array, step: Step) -> Selection:
         """The keys that `attend` keeps, chosen again from the shares."""
         torch = sys.modules["torch"]
-        self._score(_rows(q), _rows(k), step)
+        self._score(rows_of(q), rows_of(k), step)
         rule, num_keys = step.rule, k.shape[2]
         j = torch.arange(num_keys, device=k.device)
         starts, lengths = (x.long()[:, None, None] for x in (step.starts, step.lengths))
@@ -354,8 +350,3 @@ class DecodeIndex:
 
 def _window(rule: Rule) -> dict[str, int]:
     return {"T": rule.tile, "WINDOW": max(rule.window, 1)}
-
-
-def _rows(x: Array) -> Array:
-    """Any strides but for the last axis, which is contiguous."""
-    return x if x.stride(3) == 1 else x.contiguous()

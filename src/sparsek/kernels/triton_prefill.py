@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Final
 
-from ..arrays import Array, is_torch
+from ..arrays import Array, is_torch, wants_gradient
 from ..problem import Problem
 from ..selection import Selection
 
@@ -73,9 +73,8 @@ def _why_not_here(p: Problem) -> str | None:
 
 
 def _why_not_so(p: Problem) -> str | None:
-    torch = sys.modules["torch"]
     dtype = str(p.q.dtype).removeprefix("torch.")
-    values = p.k if p.v is None else p.v
+    values = values_of(p)
     reasons = {
         f"the dtype is {dtype}": dtype not in _DTYPES,
         "attention is not causal": not p.is_causal and p.mask is None,
@@ -89,8 +88,7 @@ def _why_not_so(p: Problem) -> str | None:
         f"there are more than {_MAX_TOKENS} tokens": p.num_keys > _MAX_TOKENS,
         "there are more queries than keys": p.first_position < 0,
         "there is nothing to compute": 0 in p.q.shape or 0 in values.shape,
-        "a gradient is wanted": torch.is_grad_enabled()
-        and any(x is not None and x.requires_grad for x in (p.q, p.k, p.v, p.mask)),
+        "a gradient is wanted": wants_gradient(p.q, p.k, p.v, p.mask),
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason is None and p.mask is not None and p.ranges is None:  # last: it looks at the whole mask
@@ -113,6 +111,16 @@ def select(p: Problem) -> Selection:
 def on_device_of(x: Array) -> AbstractContextManager[None]:
     """Triton launches on PyTorch's current device, which need not be that of the tensors."""
     return sys.modules["torch"].cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def values_of(p: Problem) -> Array:
+    """v, or what stands for it where only the selection is wanted."""
+    return p.k if p.v is None else p.v
+
+
+def rows_of(x: Array) -> Array:
+    """Any strides but for the last axis, which is contiguous."""
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def interpreted() -> bool:
@@ -148,7 +156,7 @@ class _Call:
     """One call: its sizes, its memory, and its passes in their order."""
 
     def __init__(self, p: Problem) -> None:
-        from . import triton_kernels  # needs Triton, which only this kernel does
+        from . import triton_kernels  # needs Triton, which only GPU kernels do
 
         torch = sys.modules["torch"]
         self.kernels: Any = triton_kernels
@@ -156,9 +164,7 @@ class _Call:
         batch, heads, _, self.head_size = p.q.shape
         self.kv_heads = p.k.shape[1]
         self.group = heads // self.kv_heads
-        self.q, self.k = (x if x.stride(3) == 1 else x.contiguous() for x in (p.q, p.k))
-        v = p.k if p.v is None else p.v
-        self.v = v if v.stride(3) == 1 else v.contiguous()
+        self.q, self.k, self.v = rows_of(p.q), rows_of(p.k), rows_of(values_of(p))
         self.value_size = self.v.shape[3]
         self.value_slots = max(16, power_of_2(self.value_size))
         self.window = max(p.rule.window, 1)  # a tile's own positions are always kept
@@ -231,8 +237,8 @@ class _Call:
     def _of_all(self, starts: Array, stops: Array) -> Array:
         """[B, 2]: the keys [start, stop) that the rows see."""
         torch = sys.modules["torch"]
-        start = torch.where(starts < stops, starts, self.p.num_keys).amin(1)
-        return torch.stack((torch.minimum(start, stops.amax(1)), stops.amax(1)), 1)
+        start, stop = torch.where(starts < stops, starts, self.p.num_keys).amin(1), stops.amax(1)
+        return torch.stack((torch.minimum(start, stop), stop), 1)
 
     def run(self) -> Array:
         out = self.p.q.new_empty((*self.p.q.shape[:3], self.value_size))
