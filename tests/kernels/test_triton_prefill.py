@@ -218,7 +218,7 @@ def test_masks_with_groups_and_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     want = poisoned(p).selection()
     monkeypatch.setattr(triton_prefill, "_ALL_AT_ONCE", 0)
     monkeypatch.setattr(triton_prefill, "_SLAB_BYTES", 1)
-    assert poisoned(p)._grouped(0, 2)
+    assert poisoned(p).grouped
     assert torch.equal(poisoned(p).selection().indices, want.indices)
 
 
@@ -233,6 +233,18 @@ def test_before_8_bits_keys_are_chosen_in_16(monkeypatch: pytest.MonkeyPatch) ->
     p = problem(heads=(4, 2), queries=100, keys=300, sizes=(64, 64), dtype=DTYPES[-1])
     assert poisoned(p).low.dtype == torch.float16
     assert_right(p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("group", "size"), [(3, 64), (2, 12), (7, 128), (3, 96)])
+def test_channels_and_heads_that_do_not_exist_are_zero(group: int, size: int, dtype: torch.dtype) -> None:
+    call = poisoned(problem(heads=(group, 1), queries=70, keys=70, sizes=(size, size), dtype=dtype))
+    call.choose()
+    of_heads = call.low_q.float().unflatten(2, (call.group_slots, call.positions))
+    assert not of_heads[:, :, group:].any()
+    for x in (of_heads, call.low.float(), call.low_mean.float()):
+        assert not x[..., size:].any()
+        assert x[..., :size].any()
 
 
 @pytest.mark.skipif(not ON_CARD, reason="needs 9 GB of a GPU's memory")
@@ -258,6 +270,9 @@ def test_some_rows_of_a_call_are_those_of_the_call() -> None:
     whole = triton_prefill.attention(p)
     rows = slice(32 * 3 - 50, 32 * 4 - 50)  # a tile
     assert torch.equal(triton_prefill.attention(p.rows(rows)), whole[:, :, rows])
+    p.q[:, :, rows] /= 256  # units are those of all queries, or these would be finer alone
+    kept = triton_prefill.select(p).to_mask()
+    assert torch.equal(triton_prefill.select(p.rows(rows)).to_mask(), kept[:, :, rows])
     p = masked(packed(*grid(150, 200), (70,)), queries=150, keys=200)
     whole, rows = triton_prefill.attention(p), slice(14, 78)
     assert torch.equal(triton_prefill.attention(p.rows(rows)), whole[:, :, rows])
@@ -276,7 +291,7 @@ def test_the_best_groups_hold_the_best_keys(monkeypatch: pytest.MonkeyPatch) -> 
     p = problem(replace(TILES, top_k=4), keys=400, queries=70)
     want = poisoned(p).selection()
     monkeypatch.setattr(triton_prefill, "_ALL_AT_ONCE", 0)
-    assert poisoned(p)._grouped(0, 2)
+    assert poisoned(p).grouped
     assert torch.equal(poisoned(p).selection().indices, want.indices)
 
 

@@ -39,6 +39,15 @@ def _unit(x, room: tl.constexpr):
 
 
 @triton.jit
+def _few_bits(x, exists, dtype: tl.constexpr, PADDED: tl.constexpr):
+    """Numbers like the sample's, in few bits. PADDED: that some do not exist is known when this is compiled.
+    These are zeros that are put in after the conversion, for ptxas (of CUDA 12.8) packs two converted
+    constants that are equal with what happens to be in a register."""
+    y = tl.clamp(x, -LIMIT, LIMIT).to(dtype)
+    return tl.where(exists, y, tl.zeros_like(y)) if PADDED else y
+
+
+@triton.jit
 def prepare(
     q, k, v, low, k_mean, low_mean, v_mean, units, seen,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
@@ -76,12 +85,12 @@ def prepare(
     inside = (rows < num_keys)[:, None]
     x = tl.load(k + rows[:, None] * k_token + d[None, :], mask=inside & (d < D)[None, :], other=0)
     x = x.to(tl.float32)
-    y = tl.clamp((x - centre[None, :]) * scale, -LIMIT, LIMIT)
-    tl.store(low + (which * padded + rows[:, None]) * BD + d[None, :], y.to(low.dtype.element_ty))
+    y = _few_bits((x - centre[None, :]) * scale, (d < D)[None, :], low.dtype.element_ty, D < BD)
+    tl.store(low + (which * padded + rows[:, None]) * BD + d[None, :], y)
     mean = tl.sum(tl.reshape(x, [BLOCKS, BLOCK, BD]), 1) / BLOCK
-    y = tl.clamp((mean - centre[None, :]) * scale, -LIMIT, LIMIT)
+    y = _few_bits((mean - centre[None, :]) * scale, (d < D)[None, :], low.dtype.element_ty, D < BD)
     at_block = which * (padded // BLOCK) + b[:, None]
-    tl.store(low_mean + at_block * BD + d[None, :], y.to(low.dtype.element_ty))
+    tl.store(low_mean + at_block * BD + d[None, :], y)
     whole = (b < num_blocks)[:, None]
     at_block = which * num_blocks + b[:, None]
     tl.store(
@@ -171,9 +180,10 @@ def normalise(
     x, position, exists = _queries(
         q, which, start, q_batch, q_head, q_token, kv_heads, first, num_queries, G, TQ, GP, D, BD
     )
-    x = tl.clamp(x.to(tl.float32) * tl.load(units + which * 2 + 1), -LIMIT, LIMIT).to(low.dtype.element_ty)
-    factor = _factor(units, which, scale)
     d, n = tl.arange(0, BD), tl.arange(0, BN)
+    x = x.to(tl.float32) * tl.load(units + which * 2 + 1)
+    x = _few_bits(x, exists[:, None] & (d < D)[None, :], low.dtype.element_ty, G < GP or D < BD)
+    factor = _factor(units, which, scale)
     at = (which * tl.num_programs(0) + program) * TQ * GP + tl.arange(0, TQ * GP)
     tl.store(low_q + at[:, None] * BD + d[None, :], x)
     low += which * padded * BD

@@ -192,6 +192,7 @@ class _Call:
         self.padded = -(-p.num_keys // _PAD) * _PAD
         self.blocks = p.num_keys // 64
         self.size = p.rule.top_k + p.rule.sinks
+        self.grouped = p.num_keys > max(_ALL_AT_ONCE, p.rule.top_k * _GROUP)
         self.launch = _launch(max(self.head_size, self.value_size), p.num_keys, low.itemsize)
 
         def empty(*shape: int, dtype: Any) -> Array:
@@ -291,11 +292,12 @@ class _Call:
 
     def _prepare(self) -> None:
         blocks = 2 if self.low.shape[2] <= 128 else 1
+        q = rows_of((self.p.whole or self.p).q)
         self.kernels.prepare[self.padded // 64 // blocks, self.lanes](
-            self.q, self.k, self.v, self.low, self.k_mean, self.low_mean, self.v_mean,
+            q, self.k, self.v, self.low, self.k_mean, self.low_mean, self.v_mean,
             self.units, self.of_all,
-            *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3],
-            self.kv_heads, self.p.num_queries, self.p.num_keys, self.padded, self.blocks,
+            *q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3],
+            self.kv_heads, q.shape[2], self.p.num_keys, self.padded, self.blocks,
             G=self.group, D=self.head_size, DV=self.value_size, BD=self.low.shape[2], BDV=self.value_slots,
             BLOCKS=blocks, RANGES=self.masked,
         )  # fmt: skip
@@ -314,30 +316,23 @@ class _Call:
                 self.of_tiles, self.kv_heads, self.p.num_queries, self.padded, self.first,
                 start * self.score_parts, self.tiles * self.score_parts, self.p.scale,
                 T=self.p.rule.tile, TQ=self.score_positions, POSITIONS=self.positions, GP=self.group_slots,
-                BD=self.low.shape[2], WINDOW=self.window, GROUP=_GROUP if self._grouped(start, tiles) else 0,
+                BD=self.low.shape[2], WINDOW=self.window, GROUP=_GROUP if self.grouped else 0,
                 RANGES=self.masked, HIDDEN=hidden, **self.launch.score,
             )  # fmt: skip
 
     def _choose(self, start: int, tiles: int) -> None:
         rule = self.p.rule
-        groups = -(-self._end(start, tiles) // _GROUP)
-        grouped = self._grouped(start, tiles)
+        end = min((self.first // rule.tile + start + tiles) * rule.tile, self.p.num_keys)
+        groups = -(-end // _GROUP)
         self.kernels.choose[tiles, self.lanes](
             self.scores, self.groups, self.lists, self.counts, self.hits, self.tail, self.of_tiles,
             self.kv_heads, self.padded, self.first, start, self.tiles,
             T=rule.tile, SUBS=self.score_parts, WINDOW=self.window, SINKS=rule.sinks,
             SINK_SLOTS=power_of_2(rule.sinks), K=rule.top_k, SIZE=self.size, GROUP=_GROUP,
-            GROUPS=max(32, power_of_2(groups)) if grouped else 0,
-            ROWS=max(16, power_of_2(rule.top_k if grouped else groups)),
+            GROUPS=max(32, power_of_2(groups)) if self.grouped else 0,
+            ROWS=max(16, power_of_2(rule.top_k if self.grouped else groups)),
             WORDS=power_of_2(self.padded // 256), RANGES=self.masked, num_warps=8,
         )  # fmt: skip
-
-    def _end(self, start: int, tiles: int) -> int:
-        """Keys before which the candidates of these tiles are."""
-        return min((self.first // self.p.rule.tile + start + tiles) * self.p.rule.tile, self.p.num_keys)
-
-    def _grouped(self, start: int, tiles: int) -> bool:
-        return self._end(start, tiles) > max(_ALL_AT_ONCE, self.p.rule.top_k * _GROUP)
 
     def _attend(self, out: Array) -> None:
         p = self.p
