@@ -100,7 +100,7 @@ bench: $(READY) ## measure the embedded model and record it in benchmarks/; want
 
 GPU := $(BIN)/sparsek bench-attention --device cuda --heads 32 --kv-heads 8 --head-dim 128 \
   --dtype bfloat16 -o jsonl
-QUALITY_GPU := $(BIN)/sparsek eval --device cuda --context 8192 -o jsonl
+QUALITY_GPU := $(BIN)/sparsek eval --device cuda --select tile --context 8192 -o jsonl
 bench-gpu: $(READY) ## measure speed and quality on a CUDA device and record them in benchmarks/; MODEL=... adds one
 	mkdir -p build
 	$(GPU) --tokens 1024,2048,4096,8192,16384,32768,65536,131072 > build/attention-gpu.jsonl

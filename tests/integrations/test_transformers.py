@@ -143,6 +143,20 @@ def test_packing_survives_a_cache() -> None:
     torch.testing.assert_close(with_cache, packed(model), rtol=1e-5, atol=1e-5)
 
 
+def test_where_packed_sequences_start_is_found_out_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = integration.enable(llama(), SPARSE), []
+    find = integration._sequence_starts
+    monkeypatch.setattr(integration, "_sequence_starts", lambda x: (calls.append(1), find(x))[1])
+    positions = _packed_positions()
+    separate = model(tokens(1, LENGTH), position_ids=positions, use_cache=True).logits
+    assert len(calls) == 1
+    positions.copy_(torch.arange(LENGTH))
+    together = model(tokens(1, LENGTH), position_ids=positions, use_cache=True).logits
+    assert len(calls) == 2
+    assert not torch.equal(separate, together)
+    assert torch.equal(together, prefill(model)[:1])
+
+
 def test_a_gap_in_the_positions_is_no_new_sequence() -> None:
     model = integration.enable(llama(), SPARSE)
     positions = torch.arange(LENGTH)[None] + 30 * (torch.arange(LENGTH) >= 70)

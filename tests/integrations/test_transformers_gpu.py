@@ -105,6 +105,20 @@ def test_short_prompts_are_dense(model: Any) -> None:
 
 
 @needs_gpu
+def test_short_steps_are_dense(model: Any) -> None:
+    """Where nobody looks they do not even come to the kernels."""
+    ids = tokens(2, 200).to(DEVICE)
+    dense = model(ids).logits[:, 150:]
+    for config in (SparseKConfig(min_context=0, dense_layers=()), SparseKConfig(select="tile", top_k=500)):
+        with enabled(model, config):
+            cache = SparseKCache(model.config)
+            model(ids[:, :150], past_key_values=cache, use_cache=True)
+            steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(150, 200)]
+        assert (torch.cat(steps, 1).float() - dense.float()).norm() < 0.05 * dense.float().norm()
+        assert cache.layers[0].index.length == 0
+
+
+@needs_gpu
 def test_what_no_kernel_takes_is_dense_or_the_reference() -> None:
     ids = tokens(1, 200).to(DEVICE)
     for make, dtype in ((llama, torch.float32), (gemma2, torch.bfloat16)):

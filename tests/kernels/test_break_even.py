@@ -19,11 +19,18 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def auto(
-    queries: int, keys: int, *, dtype: torch.dtype = torch.bfloat16, index: bool = False, **more: Any
+    queries: int,
+    keys: int,
+    *,
+    heads: tuple[int, int] = (32, 8),
+    head_size: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    index: bool = False,
+    **more: Any,
 ) -> Problem:
     """A call as `select = "auto"` has it on a GPU; of these sizes, without their memory."""
-    q = torch.zeros(1, dtype=dtype, device=DEVICE).expand(1, 32, queries, 128)
-    k = torch.zeros(1, dtype=dtype, device=DEVICE).expand(1, 8, keys, 128)
+    q = torch.zeros(1, dtype=dtype, device=DEVICE).expand(1, heads[0], queries, head_size)
+    k = torch.zeros(1, dtype=dtype, device=DEVICE).expand(1, heads[1], keys, head_size)
     config = SparseKConfig(select="tile")
     p = make_problem(q, k, k, config=config, is_causal=True, index=KeyIndex() if index else None, **more)
     return replace(p, rule=replace(p.rule, or_dense=True))
@@ -43,8 +50,17 @@ def test_prompts(queries: int, keys: int, dense: bool) -> None:
     assert dense_is_better(auto(queries, keys)) == dense
 
 
+def test_small_models_need_longer_prompts() -> None:
+    small: dict[str, Any] = {"heads": (9, 3), "head_size": 64}
+    assert dense_is_better(auto(8192, 8192, **small))
+    assert not dense_is_better(auto(16384, 16384, **small))
+    assert break_even.prompt_is_dense(8192, 9 * 64)
+    assert not break_even.prompt_is_dense(8192, 32 * 128)
+    assert break_even.prompt_is_dense(4096, 64 * 32 * 128)
+
+
 @pytest.mark.parametrize(
-    ("keys", "index", "dense"), [(131072, True, True), (524288, True, False), (524288, False, True)]
+    ("keys", "index", "dense"), [(131072, True, True), (262144, True, False), (262144, False, True)]
 )
 def test_steps(keys: int, index: bool, dense: bool) -> None:
     assert dense_is_better(auto(1, keys, index=index)) == dense

@@ -74,7 +74,8 @@ def assert_right(p: Problem, *, same: float = 0.7) -> torch.Tensor:
     """The output is attention over the kept keys, and at least a share of these is what the definition
     keeps: choosing is in 4 bits."""
     assert triton_decode.why_not(p) is None
-    index, _ = triton_decode._ready(p)
+    index = triton_decode._index(p)
+    triton_decode._ready(index, p)
     poison(index)
     out = triton_decode.attention(p)
     selection = triton_decode.select(p)
@@ -122,6 +123,38 @@ def test_a_growing_cache_is_taken_up_token_by_token() -> None:
     assert torch.equal(fresh.low[:, :1090], gpu.low[:, :1090])
     assert torch.equal(fresh.k_mean[:, :17], gpu.k_mean[:, :17])
     assert torch.equal(fresh.v_mean[:, :17], gpu.v_mean[:, :17])
+
+
+def test_steps_one_after_another_are_launched_at_once_and_the_same() -> None:
+    k, v = cache(1100, batch=2)
+    fast, slow = KeyIndex(), KeyIndex()
+
+    def steps(first: int, last: int) -> None:
+        for tokens in range(first, last):
+            p = step_of(k[:, :, :tokens], v[:, :, :tokens], fast)
+            if fast.gpu is not None:
+                poison(fast.gpu)
+            out = triton_decode.attention(p)
+            p = replace(p, index=slow)
+            triton_decode._ready(triton_decode._index(p), p)
+            assert torch.equal(out, triton_decode.attention(p))
+            assert fast.length == slow.length == tokens
+
+    steps(1021, 1025)
+    assert fast.gpu._like
+    assert slow.gpu._like == ()
+    assert (fast.gpu._graph is not None) == ON_CARD
+    fast, slow = copy.deepcopy(fast), copy.deepcopy(slow)
+    assert fast.gpu._graph is None
+    steps(1025, 1028)
+    fast.truncate(1022), slow.truncate(1022)
+    k[:, :, 1022:] = -k[:, :, 1022:]
+    steps(1023, 1027)
+    k, v = k.clone(), v.clone()
+    steps(1027, 1029)
+    fast.reorder([1, 0]), slow.reorder([1, 0])
+    k, v = k.flip(0), v.flip(0)
+    steps(1029, 1031)
 
 
 def test_what_few_tokens_told_is_forgotten() -> None:
@@ -196,7 +229,8 @@ def test_a_step_reads_on_the_gpu_where_its_keys_end() -> None:
     for tokens in range(1151, 1154):
         graph.replay() if ON_CARD else once()
         part = replace(p, k=k[:, :, :tokens], v=v[:, :, :tokens], first_position=tokens - 1, index=KeyIndex())
-        ready, _ = triton_decode._ready(part)
+        ready = triton_decode._index(part)
+        triton_decode._ready(ready, part)
         ready.centre, ready.unit, ready.low = index.centre, index.unit, index.low
         torch.testing.assert_close(out, triton_decode.attention(part), rtol=0, atol=2e-3)
 

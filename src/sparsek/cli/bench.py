@@ -138,4 +138,5 @@ def command(
             )
         )
     write_records(records, output, COLUMNS)
-    note_dense(configs, [test.prompt + test.depth + test.generated for test in planned], device)
+    channels = opened.num_heads * opened.head_size if device == "cuda" else None
+    note_dense(configs, [test.prompt + test.depth + test.generated for test in planned], channels)

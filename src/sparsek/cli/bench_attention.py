@@ -177,4 +177,4 @@ def command(
                     )
                 )
     write_records(records, output, [_BATCH, *COLUMNS] if batch > 1 else COLUMNS)
-    note_dense(configs, tokens, device)
+    note_dense(configs, tokens, batch * heads * head_dim if device == "cuda" else None)

@@ -175,4 +175,4 @@ def command(
             write_table(found, RETRIEVAL_COLUMNS)
     else:
         write_records([*records, *found], output, COLUMNS)
-    note_dense(configs, [context], device)
+    note_dense(configs, [context], opened.num_heads * opened.head_size if device == "cuda" else None)

@@ -166,10 +166,14 @@ def make_config(
     return replace(config, **changed)
 
 
-def note_dense(configs: Sequence[SparseKConfig | None], contexts: Sequence[int], device: str = "cpu") -> None:
-    """Say on stderr when K is not used at one of these contexts: it would look as if it cost nothing."""
-    if device == "cuda" and any(config is not None and config.select == "auto" for config in configs):
-        dense = sorted({context for context in contexts if prompt_is_dense(context)})
+def note_dense(
+    configs: Sequence[SparseKConfig | None], contexts: Sequence[int], channels_on_gpu: int | None = None
+) -> None:
+    """Say on stderr when K is not used at one of these contexts: it would look as if it cost nothing.
+    channels_on_gpu: of all heads of queries together, where attention is on a GPU."""
+    selects = {config.select for config in configs if config is not None}
+    if channels_on_gpu is not None and "auto" in selects:
+        dense = sorted({context for context in contexts if prompt_is_dense(context, channels_on_gpu)})
         if dense:
             click.echo(
                 f"note: at {', '.join(map(str, dense))} tokens attention on a GPU is dense whatever K is, "

@@ -50,7 +50,7 @@ class Engine(Protocol):
     Attributes:
         name, version: of the engine. model: the model's name. path: where it is. dense: its own dense
             attention, in words.
-        num_layers, num_heads, num_parameters: of the model.
+        num_layers, num_heads, head_size, num_parameters: of the model.
         context_length: the most tokens the model was made for.
         model_config: the Sparse-K configuration that the model file carries, or None.
     """
@@ -63,6 +63,7 @@ class Engine(Protocol):
     dense: str
     num_layers: int
     num_heads: int
+    head_size: int
     num_parameters: int
     context_length: int
     model_config: SparseKConfig | None

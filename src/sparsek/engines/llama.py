@@ -39,7 +39,8 @@ class LlamaEngine:
         self.path = path = find_model(model)
         if not path.is_file():
             raise ValueError(f"the engine llama needs a GGUF file: {path}")
-        self.model_config = SparseKConfig.from_gguf_metadata(read_header(path).metadata)
+        metadata = read_header(path).metadata
+        self.model_config = SparseKConfig.from_gguf_metadata(metadata)
         self._lib = lib = api.library()
         self._flash_attention, self._rope_scale = flash_attention, rope_scale
         self.dense = f"flash attention {'on' if flash_attention else 'off'}"
@@ -57,6 +58,10 @@ class LlamaEngine:
         self.model = path.stem
         self.num_layers = lib.llama_model_n_layer(self._model)
         self.num_heads = lib.llama_model_n_head(self._model)
+        of_model = {name.partition(".")[2]: value for name, value in metadata.items()}
+        self.head_size = int(
+            of_model.get("attention.key_length") or of_model["embedding_length"] // self.num_heads
+        )
         self.num_parameters = lib.llama_model_n_params(self._model)
         self.context_length = int(lib.llama_model_n_ctx_train(self._model) * rope_scale)
         self._vocabulary = lib.llama_vocab_n_tokens(self._vocab)

@@ -73,6 +73,8 @@ class TransformersEngine:
         try:
             self.num_layers = int(config.num_hidden_layers)
             self.num_heads = int(config.num_attention_heads)
+            head_size = getattr(config, "head_dim", None)
+            self.head_size = int(head_size or config.hidden_size // self.num_heads)
             self.context_length = int(config.max_position_embeddings)
         except AttributeError as error:
             name = type(loaded).__name__

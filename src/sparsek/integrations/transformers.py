@@ -17,6 +17,8 @@ packed sequences given by `position_ids` alone lose their mask as soon as a cach
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -28,8 +30,9 @@ from transformers.masking_utils import sdpa_mask
 
 from ..arrays import wants_gradient
 from ..config import SparseKConfig
-from ..kernels import dispatch
+from ..kernels import break_even, dispatch
 from ..key_index import KeyIndex
+from ..policy import on_gpu, resolve
 from ..problem import Problem, make_problem
 from .transformers_cache import SparseKCache, index_of
 
@@ -182,11 +185,29 @@ def sparsek_attention(
         _stored(getattr(module, "config", None)),
         getattr(module, "layer_idx", _NO_LAYER),
     )
+    if _is_dense_step(module, query, key, sliding_window) and attention_mask is None and softcap is None:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return out.transpose(1, 2).contiguous(), None
     index = index_of(key)
     # As an operation where somebody looks into it; that costs 30 microseconds.
     opaque = index is None and (torch.compiler.is_compiling() or wants_gradient(query, key, value))
     out = _attention_op(*arguments) if opaque else _attend(*arguments, index)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _is_dense_step(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, sliding_window: int | None
+) -> bool:
+    """Whether this is a step of generation on a GPU that keeps all keys. It is so short that checking and
+    dispatching the call would be a third of it."""
+    if query.shape[2] != 1 or not query.is_cuda or _observers or torch.compiler.is_compiling():
+        return False
+    config = _parse(_stored(getattr(module, "config", None)))
+    layer = getattr(module, "layer_idx", None)
+    rule = resolve(on_gpu(config), key.shape[2], layer=layer, context=sliding_window)
+    return rule.keeps_all(key.shape[2]) or (config.select == "auto" and break_even.step_is_dense(key))
 
 
 @torch.library.custom_op("sparsek::attention", mutates_args=())
@@ -221,7 +242,7 @@ def _attend(
     layer: int,
     index: KeyIndex | None = None,
 ) -> torch.Tensor:
-    starts = None if positions is None else _sequence_starts(positions)
+    starts = None if positions is None else _packing.starts(positions, layer)
     if mask is not None and mask.dtype != torch.bool:
         # Transformers writes "forbidden" as the smallest number of the dtype; here it is -inf.
         mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
@@ -265,6 +286,26 @@ def _no_gradient(*_: Any) -> Any:
 
 
 _attention_op.register_autograd(_no_gradient)
+
+
+class _Packing(threading.local):
+    """Where packed sequences start: found out once for all layers of a pass, for that waits for the GPU."""
+
+    _positions: weakref.ref[torch.Tensor] | None = None
+    _layer = _NO_LAYER
+    _starts: torch.Tensor | None = None
+
+    def starts(self, positions: torch.Tensor, layer: int) -> torch.Tensor | None:
+        """`_sequence_starts`; as before when a later layer hands over the same tensor."""
+        same = self._positions is not None and self._positions() is positions
+        if not same or layer <= self._layer:
+            self._starts = _sequence_starts(positions)
+            self._positions = weakref.ref(positions)
+        self._layer = layer
+        return self._starts
+
+
+_packing = _Packing()
 
 
 def _sequence_starts(positions: torch.Tensor) -> torch.Tensor | None:

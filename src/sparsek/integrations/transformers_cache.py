@@ -98,7 +98,7 @@ def _append(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         room[:, :, :length] = old
         old = room[:, :, :length]
     joined = old.as_strided((*new.shape[:2], total, new.shape[3]), old.stride(), old.storage_offset())
-    joined[:, :, length:] = new
+    joined.narrow(2, length, new.shape[2]).copy_(new)
     return joined
 
 

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from functools import cache
 from typing import Final
 
+from ..arrays import Array
 from ..problem import Problem
 from . import triton_decode, triton_prefill
 
 log = logging.getLogger("sparsek")
 
-# Measured on an H100 (benchmarks/attention-gpu.jsonl) with 32 heads, 8 key heads, against cuDNN:
-_PROMPT_PAIRS: Final = 1 << 24  # pairs of a query and a key that it may see, for each head: 5,800 tokens
-# Keys of all key heads and batch entries together; for 8 of them 16,384 and 524,288. A step is several
-# launches: 0.03 to 0.3 ms in a CUDA graph, but some 0.5 ms of the host where Python calls it.
+# Measured on an H100 (benchmarks/attention-gpu.jsonl), against cuDNN. Prompts: pairs of a query and a key
+# that it sees, which are 5,800 tokens. So many for each head, and for 32 heads of 128 together: with less
+# work the passes do not fill the GPU, and take the host longer than dense attention.
+_PROMPT_PAIRS: Final = 1 << 24
+_PROMPT_WORK: Final = _PROMPT_PAIRS * 32 * 128
+# Steps: keys of all key heads and batch entries together, for 8 of them 16,384 and 262,144. Where Python
+# calls a step it costs the host 0.07 ms more than a dense one, which matters until that takes the GPU longer
+# than the layer takes the host, 0.3 to 0.6 ms.
 _STEP_KEYS_IN_GRAPH: Final = 1 << 17
-_STEP_KEYS: Final = 1 << 22
+_STEP_KEYS: Final = 1 << 21
 
 
 def dense_is_better(p: Problem) -> bool:
     """Whether dense attention is faster, or no kernel for GPUs takes the call: then a warning, once."""
     if p.num_queries == 1:
-        if p.k.shape[0] * p.k.shape[1] * p.num_keys < _least_keys() or p.index is None:
+        if p.index is None or step_is_dense(p.k):
             return True
         reason = triton_decode.why_not(p)
     else:
-        if _has_few_pairs(p.num_queries, p.num_keys):
+        channels = p.q.shape[0] * p.q.shape[1] * p.q.shape[3]
+        if _is_little(p.num_queries, p.num_keys, channels):
             return True
         reason = triton_prefill.why_not(p)
     if reason is not None:
@@ -35,19 +42,22 @@ def dense_is_better(p: Problem) -> bool:
     return reason is not None
 
 
-def prompt_is_dense(tokens: int) -> bool:
-    """Whether a prompt of so many tokens is attended to densely, for it is faster."""
-    return _has_few_pairs(tokens, tokens)
+def prompt_is_dense(tokens: int, channels: int) -> bool:
+    """Whether a prompt of so many tokens is attended to densely, for it is faster. channels: of all heads of
+    queries together, and of all batch entries."""
+    return _is_little(tokens, tokens, channels)
 
 
-def _has_few_pairs(queries: int, keys: int) -> bool:
-    return queries * (keys - queries // 2) < _PROMPT_PAIRS
+def _is_little(queries: int, keys: int, channels: int) -> bool:
+    pairs = queries * (keys - queries // 2)
+    return pairs < _PROMPT_PAIRS or pairs * channels < _PROMPT_WORK
 
 
-def _least_keys() -> int:
-    """Keys from which a step is sparse."""
+def step_is_dense(k: Array) -> bool:
+    """Whether a step with the keys k [B, Hkv, Tk, D] is attended to densely, for it is faster."""
     cuda = sys.modules["torch"].cuda
-    return _STEP_KEYS_IN_GRAPH if cuda.is_available() and cuda.is_current_stream_capturing() else _STEP_KEYS
+    captured = k.is_cuda and cuda.is_current_stream_capturing()
+    return bool(math.prod(k.shape[:3]) < (_STEP_KEYS_IN_GRAPH if captured else _STEP_KEYS))
 
 
 @cache

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -69,32 +69,58 @@ def why_not(p: Problem) -> str | None:
 def attention(p: Problem) -> Array:
     """Sparse-K attention: [B, H, 1, Dv] in the dtype of q."""
     with on_device_of(p.q):
-        index, step = _ready(p)
-        out = p.q.new_empty((*p.q.shape[:3], values_of(p).shape[3]))
-        index.attend(p.q, p.k, values_of(p), out, step)
+        index, v = _index(p), values_of(p)
+        if p.ranges is None and index.is_before(p.num_keys) and not _capturing(p.q):
+            return index.next_step(p.q, p.k, v, p.scale, p.rule)
+        out = p.q.new_empty((*p.q.shape[:3], v.shape[3]))
+        index.attend(p.q, p.k, v, out, _ready(index, p))
     return out
 
 
 def select(p: Problem) -> Selection:
     """The keys that `attention` keeps."""
     with on_device_of(p.q):
-        index, step = _ready(p)
-        return index.select(p.q, p.k, step)
+        index = _index(p)
+        return index.select(p.q, p.k, _ready(index, p))
 
 
-def _ready(p: Problem) -> tuple[DecodeIndex, Step]:
-    """The index with all keys in it, and the step."""
+def _capturing(x: Array) -> bool:
+    """Whether a CUDA graph is made of what is launched."""
+    return bool(x.is_cuda and sys.modules["torch"].cuda.is_current_stream_capturing())
+
+
+def _captured(launch: Callable[[], None]) -> Any:
+    """What is launched, not run, but as a CUDA graph. Everything has to be compiled. torch.cuda.graph would
+    do the same, but waits for the GPU and gives unused memory back, in the middle of a step."""
+    cuda = sys.modules["torch"].cuda
+    graph = cuda.CUDAGraph()
+    with cuda.stream(cuda.Stream()):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            launch()
+        finally:
+            graph.capture_end()
+    return graph
+
+
+def _index(p: Problem) -> DecodeIndex:
     assert p.index is not None
-    index, v = p.index.gpu, values_of(p)
+    index: DecodeIndex | None = p.index.gpu
+    v = values_of(p)
     if index is None or not index.fits(p.k, v) or index.length > p.num_keys:
         room = p.num_keys + p.num_keys // 4
         index = p.index.gpu = DecodeIndex(p.k, v, room)
+    return index
+
+
+def _ready(index: DecodeIndex, p: Problem) -> Step:
+    """The step, when all keys are in the index."""
     if p.ranges is None:
-        index.extend(p.k, v, p.num_keys)
-        return index, Step(index.lengths, index.starts, p.scale, p.rule)
+        index.extend(p.k, values_of(p), p.num_keys)
+        return Step(index.lengths, index.starts, p.scale, p.rule)
     starts, stops = (x[:, 0].contiguous() for x in p.ranges)
-    index.extend(p.k, v, p.num_keys, seen=(starts, stops))
-    return index, Step(stops, starts, p.scale, p.rule)
+    index.extend(p.k, values_of(p), p.num_keys, seen=(starts, stops))
+    return Step(stops, starts, p.scale, p.rule)
 
 
 @dataclass(frozen=True)
@@ -193,6 +219,14 @@ class DecodeIndex:
         self.peaks = self._empty(parts, _COLUMNS, dtype=torch.float32)
         self.totals = self._empty(parts, _COLUMNS, dtype=torch.float32)
         self.sums = self._empty(parts, _COLUMNS, self.value_size, dtype=torch.float32)
+        self._forget_steps()
+
+    def _forget_steps(self) -> None:
+        """What `next_step` knows of the step before."""
+        self._like: tuple[Any, ...] = ()
+        self._graph: Any = None
+        self._q: Any = None
+        self._out: Any = None
 
     @property
     def nbytes(self) -> int:
@@ -213,16 +247,22 @@ class DecodeIndex:
         seen[1][b]), or all."""
         if length > self.capacity:
             raise ValueError(f"length = {length}: the index is for {self.capacity} tokens")
-        # What few tokens told is not good for many.
-        if length > 0 and (self._calibrated == 0 or self._calibrated < min(length // 4, _SAMPLE)):
+        if length > 0 and not self._is_calibrated(length):
             self._calibrate(k, length, seen)
             self.length = 0
-        if self._filled != length:
-            self.lengths.fill_(length)
-            self._filled = length
+        self._fill(length)
         if length > self.length:
             self.append(k, v, self.lengths, length - self.length)
         self.length = length
+
+    def _fill(self, length: int) -> None:
+        if self._filled != length:
+            self.lengths.fill_(length)
+            self._filled = length
+
+    def _is_calibrated(self, length: int) -> bool:
+        """Whether it is for so many tokens. What few told is not good for many."""
+        return self._calibrated > 0 and self._calibrated >= min(length // 4, _SAMPLE)
 
     def _calibrate(self, k: Array, length: int, seen: tuple[Array, Array] | None) -> None:
         """Centres and units of the channels, from a sample of the keys that are seen. The largest and the
@@ -277,9 +317,46 @@ class DecodeIndex:
             if isinstance(x, torch.Tensor):
                 with torch.inference_mode(False):
                     setattr(twin, name, x.clone())
+        twin._forget_steps()
         return twin
 
     # ---- A step
+
+    def is_before(self, length: int) -> bool:
+        """Whether `next_step` can take a cache of `length` tokens: one more than are known."""
+        return self.length == length - 1 > 0 and self._is_calibrated(length)
+
+    def next_step(self, q: Array, k: Array, v: Array, scale: float, rule: Rule) -> Array:
+        """Take up one more token and attend: [B, H, 1, Dv].
+
+        A step like the one before, of a cache that is still at the same address, is launched as a CUDA graph
+        of what that launched: one launch costs the host less than five.
+        """
+        torch = sys.modules["torch"]
+        like = k.data_ptr(), v.data_ptr(), k.stride(), v.stride(), q.shape, scale, rule
+        fresh = like != self._like
+        if fresh:
+            self._forget_steps()
+            with torch.inference_mode(False):
+                self._q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+                self._out = torch.empty((*q.shape[:3], self.value_size), dtype=q.dtype, device=q.device)
+            self._like = like
+        self._q.copy_(q)
+        self._fill(self.length)
+        step = Step(self.lengths, self.starts, scale, rule)
+        if self._graph is None and not fresh and q.is_cuda:
+            self._graph = _captured(lambda: self._one_more(k, v, step))
+        if self._graph is None:
+            self._one_more(k, v, step)
+        else:
+            self._graph.replay()
+        self.length = self._filled = self.length + 1
+        return self._out.clone()
+
+    def _one_more(self, k: Array, v: Array, step: Step) -> None:
+        self.lengths += 1
+        self.append(k, v, self.lengths, 1)
+        self.attend(self._q, k, v, self._out, step)
 
     def attend(self, q: Array, k: Array, v: Array, out: Array, step: Step) -> None:
         """Sparse-K attention of q [B, H, 1, D] into out [B, H, 1, Dv]; no synchronisation, no new memory."""
