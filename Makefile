@@ -109,7 +109,7 @@ bench-gpu: $(READY) ## measure speed and quality on a CUDA device and record the
 	  $(GPU) --select tile --tokens 8192,32768,131072 --queries 1 --index --batch $$batch || exit 1; \
 	done >> build/attention-gpu.jsonl
 	$(QUALITY_GPU) > build/quality-gpu.jsonl
-	$(if $(MODEL),$(QUALITY_GPU) -m $(MODEL) >> build/quality-gpu.jsonl)
+	$(if $(MODEL),$(QUALITY_GPU) -k auto,1024 -m $(MODEL) >> build/quality-gpu.jsonl)
 	mv build/attention-gpu.jsonl build/quality-gpu.jsonl benchmarks/
 
 # Quality against K at several lengths, and of other forms at one K. Sliding windows under 1024 stay dense.

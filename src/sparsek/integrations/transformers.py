@@ -172,42 +172,47 @@ def sparsek_attention(
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
     # Only a causal call without a mask can have lost its packing.
     positions = position_ids if causal and position_ids is not None and position_ids.ndim == 2 else None
-    arguments = (
-        query,
-        key,
-        value,
-        attention_mask,
-        positions,
-        causal,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap,
-        sliding_window,
-        _stored(getattr(module, "config", None)),
-        getattr(module, "layer_idx", _NO_LAYER),
-    )
-    if _is_dense_step(module, query, key, sliding_window) and attention_mask is None and softcap is None:
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        return out.transpose(1, 2).contiguous(), None
+    config, layer = _stored(getattr(module, "config", None)), getattr(module, "layer_idx", None)
+    layer = _NO_LAYER if layer is None else layer
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rest = causal, scale, softcap, sliding_window, config, layer
     index = index_of(key)
-    # As an operation where somebody looks into it; that costs 30 microseconds.
-    opaque = index is None and (torch.compiler.is_compiling() or wants_gradient(query, key, value))
-    out = _attention_op(*arguments) if opaque else _attend(*arguments, index)
+    if index is None and (torch.compiler.is_compiling() or wants_gradient(query, key, value)):
+        # As an operation, for somebody looks into it; that costs 30 microseconds.
+        out = _attention_op(query, key, value, attention_mask, positions, *rest)
+    else:
+        starts = None if positions is None else _packing.starts(positions, layer)
+        plain = query.is_cuda and attention_mask is None and softcap is None and starts is None
+        if plain and _is_dense(query, key, config, layer, sliding_window):
+            # At once, for checking and dispatching would take the host longer than this.
+            grouped = query.shape[1] != key.shape[1]
+            out = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped
+            )
+        else:
+            out = _attend(query, key, value, attention_mask, starts, *rest, index)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _is_dense_step(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, sliding_window: int | None
+def _is_dense(
+    query: torch.Tensor, key: torch.Tensor, config: str, layer: int, sliding_window: int | None
 ) -> bool:
-    """Whether this is a step of generation on a GPU that keeps all keys. It is so short that checking and
-    dispatching the call would be a third of it."""
-    if query.shape[2] != 1 or not query.is_cuda or _observers or torch.compiler.is_compiling():
+    """Whether all keys are kept on a GPU, for the rule says so or that is faster; not where somebody wants to
+    see the call."""
+    if _observers:
         return False
-    config = _parse(_stored(getattr(module, "config", None)))
-    layer = getattr(module, "layer_idx", None)
-    rule = resolve(on_gpu(config), key.shape[2], layer=layer, context=sliding_window)
-    return rule.keeps_all(key.shape[2]) or (config.select == "auto" and break_even.step_is_dense(key))
+    batch, heads, num_queries, size = query.shape
+    num_keys, parsed = key.shape[2], _parse(config)
+    rule = resolve(on_gpu(parsed), num_keys, layer=_number(layer), context=sliding_window)
+    if rule.keeps_all(num_keys) or parsed.select != "auto":
+        return rule.keeps_all(num_keys)
+    if num_queries == 1:
+        return break_even.step_is_dense(key)
+    return break_even.prompt_is_dense(num_keys, batch * heads * size)
+
+
+def _number(layer: int) -> int | None:
+    return None if layer == _NO_LAYER else layer
 
 
 @torch.library.custom_op("sparsek::attention", mutates_args=())
@@ -225,7 +230,8 @@ def _attention_op(
     layer: int,
 ) -> torch.Tensor:
     """One opaque operation for torch.compile: everything that depends on values happens inside it."""
-    return _attend(q, k, v, mask, positions, is_causal, scale, softcap, sliding_window, config, layer)
+    starts = None if positions is None else _sequence_starts(positions)
+    return _attend(q, k, v, mask, starts, is_causal, scale, softcap, sliding_window, config, layer)
 
 
 def _attend(
@@ -233,7 +239,7 @@ def _attend(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None,
-    positions: torch.Tensor | None,
+    starts: torch.Tensor | None,
     is_causal: bool,
     scale: float,
     softcap: float | None,
@@ -242,7 +248,6 @@ def _attend(
     layer: int,
     index: KeyIndex | None = None,
 ) -> torch.Tensor:
-    starts = None if positions is None else _packing.starts(positions, layer)
     if mask is not None and mask.dtype != torch.bool:
         # Transformers writes "forbidden" as the smallest number of the dtype; here it is -inf.
         mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
@@ -255,7 +260,7 @@ def _attend(
         is_causal=is_causal,
         scale=scale,
         softcap=softcap,
-        layer=None if layer == _NO_LAYER else layer,
+        layer=_number(layer),
         context=sliding_window,
         index=index,
     )

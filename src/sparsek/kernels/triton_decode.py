@@ -16,7 +16,7 @@ products are in 4 and 8 bits, shares are compared in steps of a sixteenth of a f
 log-sum-exp is an estimate. What is chosen is attended to in the precision of the inputs.
 
 Where the keys begin and end is read on the GPU and all memory is the index's, so that steps can be captured
-in a CUDA graph: see `DecodeIndex`.
+in a CUDA graph: see `DecodeIndex`. Steps that are called one after another the index captures itself.
 """
 
 from __future__ import annotations
