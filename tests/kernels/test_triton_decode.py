@@ -157,6 +157,44 @@ def test_steps_one_after_another_are_launched_at_once_and_the_same() -> None:
     steps(1029, 1031)
 
 
+def test_steps_that_cannot_be_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that have to be copied; a launch that fails; a capture that fails, or one in another thread."""
+    k, v = cache(1100)
+    across = v.transpose(2, 3).contiguous().transpose(2, 3)
+    index, expected = KeyIndex(), KeyIndex()
+
+    def step(tokens: int, v: torch.Tensor = v) -> None:
+        p = step_of(k[:, :, :tokens], v[:, :, :tokens], index)
+        out, p = triton_decode.attention(p), replace(p, index=expected)
+        triton_decode._ready(triton_decode._index(p), p)
+        assert torch.equal(out, triton_decode.attention(p))
+        assert index.gpu.lengths.tolist() == [tokens]
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no room")
+
+    for tokens in (1021, 1022, 1023, 1024):
+        step(tokens, across)
+    assert index.gpu._graph is None
+    step(1025), step(1026)
+    with monkeypatch.context() as patch:
+        patch.setattr(index.gpu, "attend", fails)
+        patch.setattr(index.gpu, "_graph", None)
+        patch.setattr(index.gpu, "_capturable", False)
+        with pytest.raises(RuntimeError, match="no room"):
+            step(1027)
+    step(1027), step(1028)
+    index.gpu._forget_steps()
+    with triton_decode._capture:
+        step(1029), step(1030)
+    assert index.gpu._graph is None
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_decode, "_captured", fails)
+        patch.setattr(index.gpu, "_capturable", True)
+        step(1031), step(1032)
+    assert index.gpu._graph is None
+
+
 def test_what_few_tokens_told_is_forgotten() -> None:
     k, v = cache(600)
     k[:, :, :40] *= 0.01

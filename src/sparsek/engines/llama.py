@@ -60,7 +60,8 @@ class LlamaEngine:
         self.num_heads = lib.llama_model_n_head(self._model)
         of_model = {name.partition(".")[2]: value for name, value in metadata.items()}
         self.head_size = int(
-            of_model.get("attention.key_length") or of_model["embedding_length"] // self.num_heads
+            of_model.get("attention.key_length")
+            or of_model.get("embedding_length", 0) // max(1, self.num_heads)
         )
         self.num_parameters = lib.llama_model_n_params(self._model)
         self.context_length = int(lib.llama_model_n_ctx_train(self._model) * rope_scale)

@@ -30,7 +30,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..arrays import wants_gradient
 from ..config import SparseKConfig
-from ..kernels import break_even, dispatch
+from ..kernels import break_even, dense, dispatch
 from ..key_index import KeyIndex
 from ..policy import on_gpu, resolve
 from ..problem import Problem, make_problem
@@ -182,8 +182,8 @@ def sparsek_attention(
         out = _attention_op(query, key, value, attention_mask, positions, *rest)
     else:
         starts = None if positions is None else _packing.starts(positions, layer)
-        plain = query.is_cuda and attention_mask is None and softcap is None and starts is None
-        if plain and _is_dense(query, key, config, layer, sliding_window):
+        plain = attention_mask is None and softcap is None and starts is None
+        if plain and query.is_cuda and _is_short(query, key, value, config, layer, sliding_window):
             # At once, for checking and dispatching would take the host longer than this.
             grouped = query.shape[1] != key.shape[1]
             out = torch.nn.functional.scaled_dot_product_attention(
@@ -194,21 +194,27 @@ def sparsek_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _is_dense(
-    query: torch.Tensor, key: torch.Tensor, config: str, layer: int, sliding_window: int | None
+def _is_short(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    config: str,
+    layer: int,
+    sliding_window: int | None,
 ) -> bool:
-    """Whether all keys are kept on a GPU, for the rule says so or that is faster; not where somebody wants to
-    see the call."""
-    if _observers:
-        return False
+    """Whether this is a step or a short prompt on a GPU that is dense, and nobody wants to see it."""
     batch, heads, num_queries, size = query.shape
     num_keys, parsed = key.shape[2], _parse(config)
-    rule = resolve(on_gpu(parsed), num_keys, layer=_number(layer), context=sliding_window)
-    if rule.keeps_all(num_keys) or parsed.select != "auto":
-        return rule.keeps_all(num_keys)
+    if _observers or parsed.check_finite or not dense.has_gpu_kernels(query, value):
+        return False
     if num_queries == 1:
-        return break_even.step_is_dense(key)
-    return break_even.prompt_is_dense(num_keys, batch * heads * size)
+        short = break_even.step_is_dense(key)
+    else:
+        short = num_queries == num_keys and break_even.prompt_is_dense(num_keys, batch * heads * size)
+    if short and parsed.select == "auto":
+        return True
+    rule = resolve(on_gpu(parsed), num_keys, layer=_number(layer), context=sliding_window)
+    return rule.keeps_all(num_keys) and (short or num_queries == 1)
 
 
 def _number(layer: int) -> int | None:
@@ -297,16 +303,18 @@ class _Packing(threading.local):
     """Where packed sequences start: found out once for all layers of a pass, for that waits for the GPU."""
 
     _positions: weakref.ref[torch.Tensor] | None = None
+    _version = 0
     _layer = _NO_LAYER
     _starts: torch.Tensor | None = None
 
     def starts(self, positions: torch.Tensor, layer: int) -> torch.Tensor | None:
         """`_sequence_starts`; as before when a later layer hands over the same tensor."""
+        version = 0 if positions.is_inference() else positions._version
         same = self._positions is not None and self._positions() is positions
-        if not same or layer <= self._layer:
+        if not same or version != self._version or layer <= self._layer:
             self._starts = _sequence_starts(positions)
             self._positions = weakref.ref(positions)
-        self._layer = layer
+        self._version, self._layer = version, layer
         return self._starts
 
 

@@ -47,8 +47,8 @@ def attention(p: Problem) -> Array:
     last_row = num_queries == 1 and p.first_position == num_keys - 1  # sees everything
     if p.mask is None and (square or last_row or not p.is_causal):
         is_causal = p.is_causal and square and not last_row
-        return _on_gpu(p, None, is_causal) if _has_gpu_kernels(p) else _sdpa(p, p.q, None, is_causal)
-    if p.mask is None and p.first_position == num_keys - num_queries >= 0 and _has_gpu_kernels(p):
+        return _on_gpu(p, None, is_causal) if has_gpu_kernels(p.q, p.v) else _sdpa(p, p.q, None, is_causal)
+    if p.mask is None and p.first_position == num_keys - num_queries >= 0 and has_gpu_kernels(p.q, p.v):
         from torch.nn.attention.bias import causal_lower_right
 
         return _on_gpu(p, causal_lower_right(num_queries, num_keys), False)
@@ -70,12 +70,11 @@ def attention(p: Problem) -> Array:
     return out
 
 
-def _has_gpu_kernels(p: Problem) -> bool:
+def has_gpu_kernels(q: Array, v: Array) -> bool:
     """Whether PyTorch has flash attention for the call, which takes groups of heads as they are."""
-    assert p.v is not None
-    if not (arrays.on_gpu(p.q) and p.q.dtype.itemsize == 2 and p.q.shape[3] == p.v.shape[3] <= 256):
+    if not (arrays.on_gpu(q) and q.dtype.itemsize == 2 and q.shape[3] == v.shape[3] <= 256):
         return False
-    capability: tuple[int, int] = sys.modules["torch"].cuda.get_device_capability(p.q.device)
+    capability: tuple[int, int] = sys.modules["torch"].cuda.get_device_capability(q.device)
     return capability >= _FLASH
 
 

@@ -22,9 +22,12 @@ in a CUDA graph: see `DecodeIndex`. Steps that are called one after another the 
 from __future__ import annotations
 
 import copy
+import logging
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Final
 
 from ..arrays import Array
@@ -52,6 +55,9 @@ _COMBINE: Final[dict[str, Any]] = {"BN": 32, "num_warps": 1}
 _OVERLAP: Final = (9, 0)  # compute capability from which passes can overlap
 _UNIT: Final = 0.335  # standard deviations between two of 16 levels: least error for normal numbers
 
+log = logging.getLogger("sparsek")
+_capture = threading.Lock()
+
 
 def why_not(p: Problem) -> str | None:
     """Why this kernel cannot do the call, or None when it can."""
@@ -70,7 +76,8 @@ def attention(p: Problem) -> Array:
     """Sparse-K attention: [B, H, 1, Dv] in the dtype of q."""
     with on_device_of(p.q):
         index, v = _index(p), values_of(p)
-        if p.ranges is None and index.is_before(p.num_keys) and not _capturing(p.q):
+        rows = p.k.stride(3) == v.stride(3) == 1  # or they would be copied, in a graph always as many
+        if rows and p.ranges is None and index.is_before(p.num_keys) and not _capturing(p.q):
             return index.next_step(p.q, p.k, v, p.scale, p.rule)
         out = p.q.new_empty((*p.q.shape[:3], v.shape[3]))
         index.attend(p.q, p.k, v, out, _ready(index, p))
@@ -90,17 +97,39 @@ def _capturing(x: Array) -> bool:
 
 
 def _captured(launch: Callable[[], None]) -> Any:
-    """What is launched, not run, but as a CUDA graph. Everything has to be compiled. torch.cuda.graph would
-    do the same, but waits for the GPU and gives unused memory back, in the middle of a step."""
-    cuda = sys.modules["torch"].cuda
-    graph = cuda.CUDAGraph()
-    with cuda.stream(cuda.Stream()):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            launch()
-        finally:
-            graph.capture_end()
+    """What is launched, not run, but as a CUDA graph; None while another thread makes one, for PyTorch makes
+    one at a time. Everything has to be compiled. torch.cuda.graph would wait for the GPU and give unused
+    memory back, in the middle of a step.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
+    torch = sys.modules["torch"]
+    if not _capture.acquire(blocking=False):
+        return None
+    graph = torch.cuda.CUDAGraph()
+    try:
+        stream = _stream(torch.cuda.current_device())
+        with torch.inference_mode(False), torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                launch()
+            finally:
+                graph.capture_end()
+    finally:
+        _capture.release()
     return graph
+
+
+@cache
+def _warn(reason: str) -> None:
+    log.warning("steps of generation cost the host more, for they cannot be a CUDA graph here: %s", reason)
+
+
+@cache
+def _stream(device: int) -> Any:
+    """Of another pool than PyTorch's usual ones, which another thread may be using."""
+    return sys.modules["torch"].cuda.Stream(device, priority=-1)
 
 
 def _index(p: Problem) -> DecodeIndex:
@@ -182,6 +211,7 @@ class DecodeIndex:
         self._calibrated = 0  # from so many tokens
         self._dtype, self._device = k.dtype, k.device
         self._overlap = k.is_cuda and sys.modules["torch"].cuda.get_device_capability(k.device) >= _OVERLAP
+        self._capturable = bool(k.is_cuda)
         self._slots = max(64, power_of_2(self.head_size))
         self._value_slots = max(16, power_of_2(self.value_size))
         with sys.modules["torch"].inference_mode(False):  # what is made in it cannot be changed outside
@@ -340,16 +370,21 @@ class DecodeIndex:
             with torch.inference_mode(False):
                 self._q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
                 self._out = torch.empty((*q.shape[:3], self.value_size), dtype=q.dtype, device=q.device)
-            self._like = like
         self._q.copy_(q)
         self._fill(self.length)
         step = Step(self.lengths, self.starts, scale, rule)
-        if self._graph is None and not fresh and q.is_cuda:
-            self._graph = _captured(lambda: self._one_more(k, v, step))
+        self._filled, self._like = -1, ()  # until it has come to its end
+        if self._graph is None and not fresh and self._capturable:
+            try:
+                self._graph = _captured(lambda: self._one_more(k, v, step))
+            except RuntimeError as error:
+                self._capturable = False
+                _warn(str(error))
         if self._graph is None:
             self._one_more(k, v, step)
         else:
             self._graph.replay()
+        self._like = like
         self.length = self._filled = self.length + 1
         return self._out.clone()
 
