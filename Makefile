@@ -100,6 +100,7 @@ bench: $(READY) ## measure the embedded model and record it in benchmarks/; want
 
 GPU := $(BIN)/sparsek bench-attention --device cuda --heads 32 --kv-heads 8 --head-dim 128 \
   --dtype bfloat16 -o jsonl
+LISTS := -k auto,1024
 QUALITY_GPU := $(BIN)/sparsek eval --device cuda --select tile --context 8192 -o jsonl
 bench-gpu: $(READY) ## measure speed and quality on a CUDA device and record them in benchmarks/; MODEL=... adds one
 	mkdir -p build
@@ -109,7 +110,7 @@ bench-gpu: $(READY) ## measure speed and quality on a CUDA device and record the
 	  $(GPU) --select tile --tokens 8192,32768,131072 --queries 1 --index --batch $$batch || exit 1; \
 	done >> build/attention-gpu.jsonl
 	$(QUALITY_GPU) > build/quality-gpu.jsonl
-	$(if $(MODEL),$(QUALITY_GPU) -k auto,1024 -m $(MODEL) >> build/quality-gpu.jsonl)
+	$(if $(MODEL),$(QUALITY_GPU) $(LISTS) -m $(MODEL) >> build/quality-gpu.jsonl)
 	mv build/attention-gpu.jsonl build/quality-gpu.jsonl benchmarks/
 
 # Quality against K at several lengths, and of other forms at one K. Sliding windows under 1024 stay dense.

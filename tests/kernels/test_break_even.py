@@ -60,7 +60,7 @@ def test_small_models_need_longer_prompts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "index", "dense"), [(131072, True, True), (262144, True, False), (262144, False, True)]
+    ("keys", "index", "dense"), [(131072, True, True), (524288, True, False), (524288, False, True)]
 )
 def test_steps(keys: int, index: bool, dense: bool) -> None:
     assert dense_is_better(auto(1, keys, index=index)) == dense

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -31,3 +33,22 @@ def test_prompts_chunks_and_steps(
     out = dense.attention(p)
     expected = reference.attention(p)
     assert (out.double() - expected.double()).abs().max() <= (0.03 if ON_CARD else 1e-5)
+
+
+def test_a_step_leaves_the_choice_of_kernels_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN is left out, but not where the caller wants it alone."""
+    device = "cuda" if ON_CARD else "cpu"
+    q, k, v = (torch.randn(1, 4, n, 64, device=device, dtype=torch.bfloat16) for n in (1, 50, 50))
+    switches, seen = torch.backends.cuda, []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args: Any, **options: Any) -> torch.Tensor:
+        seen.append(switches.cudnn_sdp_enabled())
+        return sdpa(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    for flash in (True, False):
+        monkeypatch.setattr(switches, "flash_sdp_enabled", lambda flash=flash: flash)
+        dense.step(q, k, v, 0.1)
+        assert switches.cudnn_sdp_enabled()
+    assert seen == [False, True]

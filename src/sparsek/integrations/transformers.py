@@ -164,7 +164,7 @@ def sparsek_attention(
             arguments that change what attention means and are not supported.
     """
     _refuse_unsupported(module, dropout, kwargs)
-    num_queries = query.shape[2]
+    heads, num_queries = query.shape[1:3]
     causal = attention_mask is None and num_queries > 1
     causal = causal and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if causal and key.shape[2] != num_queries:
@@ -185,9 +185,12 @@ def sparsek_attention(
         plain = attention_mask is None and softcap is None and starts is None
         if plain and query.is_cuda and _is_short(query, key, value, config, layer, sliding_window):
             # At once, for checking and dispatching would take the host longer than this.
-            grouped = query.shape[1] != key.shape[1]
-            out = torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=causal, scale=scale, enable_gqa=grouped
+            out = (
+                dense.step(query, key, value, scale)
+                if num_queries == 1
+                else torch.nn.functional.scaled_dot_product_attention(
+                    query, key, value, is_causal=causal, scale=scale, enable_gqa=heads != key.shape[1]
+                )
             )
         else:
             out = _attend(query, key, value, attention_mask, starts, *rest, index)

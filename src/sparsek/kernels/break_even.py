@@ -19,11 +19,11 @@ log = logging.getLogger("sparsek")
 # work the passes do not fill the GPU, and take the host longer than dense attention.
 _PROMPT_PAIRS: Final = 1 << 24
 _PROMPT_WORK: Final = _PROMPT_PAIRS * 32 * 128
-# Steps: keys of all key heads and batch entries together, for 8 of them 16,384 and 262,144. Where Python
-# calls a step it costs the host 0.07 ms more than a dense one, which matters until that takes the GPU longer
-# than the layer takes the host, 0.3 to 0.6 ms.
+# Steps: keys of all key heads and batch entries together, for 8 of them 16,384 and 524,288. Where Python
+# calls a step it costs the host 0.07 to 0.2 ms more than a dense one, which matters until that takes the GPU
+# longer than the layer takes the host, 0.3 to 0.6 ms.
 _STEP_KEYS_IN_GRAPH: Final = 1 << 17
-_STEP_KEYS: Final = 1 << 21
+_STEP_KEYS: Final = 1 << 22
 
 
 def dense_is_better(p: Problem) -> bool:

@@ -79,17 +79,36 @@ def has_gpu_kernels(q: Array, v: Array) -> bool:
 
 
 def _on_gpu(p: Problem, mask: Any, is_causal: bool) -> Array:
-    """For prompts cuDNN is the fastest on GPUs of compute capability 9.0 (measured on an H100), and PyTorch
-    takes another. It makes a new plan for every number of keys, which steps of generation would wait for."""
+    """For prompts cuDNN is the fastest on GPUs of compute capability 9.0 (measured on an H100), and not all
+    versions of PyTorch take it."""
     torch = sys.modules["torch"]
+    if p.num_queries == 1:
+        return step(p.q, p.k, p.v, p.scale)
     backend = torch.nn.attention.SDPBackend
     order = [backend.CUDNN_ATTENTION, backend.FLASH_ATTENTION, backend.MATH]
-    prompt = p.num_queries > 1 and torch.cuda.get_device_capability(p.q.device) >= _CUDNN_FIRST
-    with torch.nn.attention.sdpa_kernel(order, set_priority=True) if prompt else nullcontext():
+    prefer = torch.cuda.get_device_capability(p.q.device) >= _CUDNN_FIRST
+    with torch.nn.attention.sdpa_kernel(order, set_priority=True) if prefer else nullcontext():
         return torch.nn.functional.scaled_dot_product_attention(
             p.q, p.k, p.v, attn_mask=mask, is_causal=is_causal, scale=p.scale,
             enable_gqa=p.q.shape[1] != p.k.shape[1],
         )  # fmt: skip
+
+
+def step(q: Array, k: Array, v: Array, scale: float) -> Array:
+    """One row [B, H, 1, D] of attention to all keys on a GPU that `has_gpu_kernels`. Not by cuDNN, which some
+    versions of PyTorch prefer: for every new number of keys it makes a plan, for some 20 ms of the host."""
+    torch = sys.modules["torch"]
+    switches = torch.backends.cuda
+    avoid = switches.cudnn_sdp_enabled() and switches.flash_sdp_enabled()
+    if avoid:
+        switches.enable_cudnn_sdp(False)
+    try:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    finally:
+        if avoid:
+            switches.enable_cudnn_sdp(True)
 
 
 def _sdpa(p: Problem, q: Array, mask: Array | None, is_causal: bool) -> Array:
