@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 CPP := $(shell find cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo test test-gpu test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu study docs clean
+.PHONY: help setup demo test test-gpu test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu bench-gpu-model study docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -112,6 +112,14 @@ bench-gpu: $(READY) ## measure speed and quality on a CUDA device and record the
 	$(QUALITY_GPU) > build/quality-gpu.jsonl
 	$(if $(MODEL),$(QUALITY_GPU) $(LISTS) -m $(MODEL) >> build/quality-gpu.jsonl)
 	mv build/attention-gpu.jsonl build/quality-gpu.jsonl benchmarks/
+
+BIG := build/llama-8b-random-weights
+bench-gpu-model: $(READY) ## measure a whole model of 8 billion weights on a CUDA device; 16 GB of disk
+	mkdir -p build
+	$(BIN)/python tools/random_model.py $(BIG)
+	$(BIN)/sparsek bench --device cuda -m $(BIG) -p 4096,16384,32768 -n 16 -d 32768 -o jsonl > build/speed-gpu.jsonl
+	$(BIN)/sparsek bench --device cuda -m $(BIG) -p 131072 -n 0 -r 2 -o jsonl >> build/speed-gpu.jsonl
+	mv build/speed-gpu.jsonl benchmarks/
 
 # Quality against K at several lengths, and of other forms at one K. Sliding windows under 1024 stay dense.
 STUDY := $(BIN)/sparsek eval --engine transformers --min-context 1024 -o jsonl $(if $(MODEL),-m $(MODEL))
