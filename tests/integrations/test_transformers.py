@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from sparsek import SparseKConfig
+from sparsek import SparseKConfig, problem
 from sparsek.integrations import transformers as integration
 
 from .tiny_models import WINDOW, gemma2, gemma3, llama, tokens, use_oracle
@@ -155,6 +155,19 @@ def test_where_packed_sequences_start_is_found_out_once_a_pass(monkeypatch: pyte
     assert len(calls) == 2
     assert not torch.equal(separate, together)
     assert torch.equal(together, prefill(model)[:1])
+
+
+def test_a_mask_is_looked_at_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = SparseKConfig(select="tile", top_k=5, dense_layers=(0,), min_context=0)
+    model, calls = integration.enable(llama(), tiles), []
+    find = problem.key_ranges
+    monkeypatch.setattr(problem, "key_ranges", lambda *a, **b: (calls.append(1), find(*a, **b))[1])
+    ids, mask = _left_padded_batch()
+    kept = model(ids, attention_mask=mask, use_cache=False).logits
+    assert len(calls) == 1
+    mask[0, :20] = 0
+    assert not torch.equal(model(ids, attention_mask=mask, use_cache=False).logits, kept)
+    assert len(calls) == 2
 
 
 def test_a_gap_in_the_positions_is_no_new_sequence() -> None:

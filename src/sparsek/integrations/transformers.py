@@ -17,11 +17,9 @@ packed sequences given by `position_ids` alone lose their mask as soon as a cach
 from __future__ import annotations
 
 import contextlib
-import threading
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final, TypeVar
 
 import torch
@@ -34,6 +32,7 @@ from ..kernels import break_even, dense, dispatch
 from ..key_index import KeyIndex
 from ..policy import on_gpu, resolve
 from ..problem import Problem, make_problem
+from .once_per_pass import NO_LAYER, OncePerPass
 from .transformers_cache import SparseKCache, index_of
 
 __all__ = [
@@ -51,13 +50,15 @@ __all__ = [
 NAME: Final = "sparsek"
 _FIELD: Final = "sparsek"  # of the model's config
 _DEFAULT: Final = SparseKConfig().to_json()
-_NO_LAYER: Final = -1
 # Arguments with which some models change what attention means.
 _UNSUPPORTED: Final = ("s_aux", "sinks", "position_bias", "indices", "block_indices", "head_mask", "cache")
 
 Model = TypeVar("Model", bound=Any)
 Observer = Callable[[int, Problem, torch.Tensor], None]
+Ranges = tuple[torch.Tensor, torch.Tensor] | None
 _observers: list[Observer] = []
+_starts: OncePerPass[torch.Tensor | None] = OncePerPass()
+_ranges: OncePerPass[Ranges] = OncePerPass()
 
 
 def register() -> None:
@@ -173,7 +174,7 @@ def sparsek_attention(
     # Only a causal call without a mask can have lost its packing.
     positions = position_ids if causal and position_ids is not None and position_ids.ndim == 2 else None
     config, layer = _stored(getattr(module, "config", None)), getattr(module, "layer_idx", None)
-    layer = _NO_LAYER if layer is None else layer
+    layer = NO_LAYER if layer is None else layer
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rest = causal, scale, softcap, sliding_window, config, layer
     index = index_of(key)
@@ -181,7 +182,9 @@ def sparsek_attention(
         # As an operation, for somebody looks into it; that costs 30 microseconds.
         out = _attention_op(query, key, value, attention_mask, positions, *rest)
     else:
-        starts = None if positions is None else _packing.starts(positions, layer)
+        starts = None
+        if positions is not None:
+            starts = _starts.get(positions, layer, partial(_sequence_starts, positions))
         plain = attention_mask is None and softcap is None and starts is None
         if plain and query.is_cuda and _is_short(query, key, value, config, layer, sliding_window):
             # At once, for checking and dispatching would take the host longer than this.
@@ -221,7 +224,7 @@ def _is_short(
 
 
 def _number(layer: int) -> int | None:
-    return None if layer == _NO_LAYER else layer
+    return None if layer == NO_LAYER else layer
 
 
 @torch.library.custom_op("sparsek::attention", mutates_args=())
@@ -257,6 +260,7 @@ def _attend(
     layer: int,
     index: KeyIndex | None = None,
 ) -> torch.Tensor:
+    given = mask
     if mask is not None and mask.dtype != torch.bool:
         # Transformers writes "forbidden" as the smallest number of the dtype; here it is -inf.
         mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
@@ -275,6 +279,8 @@ def _attend(
     )
     if starts is not None:
         problem = replace(problem, starts=starts.expand(q.shape[0], -1).contiguous())
+    if given is not None and problem.rule.tile and not break_even.dense_by_size(problem):
+        vars(problem)["ranges"] = _ranges.get(given, layer, lambda: problem.ranges)
     problem = dispatch.settled(problem)
     out: torch.Tensor = dispatch.attention(problem)
     for observer in tuple(_observers):
@@ -300,28 +306,6 @@ def _no_gradient(*_: Any) -> Any:
 
 
 _attention_op.register_autograd(_no_gradient)
-
-
-class _Packing(threading.local):
-    """Where packed sequences start: found out once for all layers of a pass, for that waits for the GPU."""
-
-    _positions: weakref.ref[torch.Tensor] | None = None
-    _version = 0
-    _layer = _NO_LAYER
-    _starts: torch.Tensor | None = None
-
-    def starts(self, positions: torch.Tensor, layer: int) -> torch.Tensor | None:
-        """`_sequence_starts`; as before when a later layer hands over the same tensor."""
-        version = 0 if positions.is_inference() else positions._version
-        same = self._positions is not None and self._positions() is positions
-        if not same or version != self._version or layer <= self._layer:
-            self._starts = _sequence_starts(positions)
-            self._positions = weakref.ref(positions)
-        self._version, self._layer = version, layer
-        return self._starts
-
-
-_packing = _Packing()
 
 
 def _sequence_starts(positions: torch.Tensor) -> torch.Tensor | None:

@@ -28,18 +28,21 @@ _STEP_KEYS: Final = 1 << 22
 
 def dense_is_better(p: Problem) -> bool:
     """Whether dense attention is faster, or no kernel for GPUs takes the call: then a warning, once."""
-    if p.num_queries == 1:
-        if p.index is None or step_is_dense(p.k):
-            return True
-        reason = triton_decode.why_not(p)
-    else:
-        channels = p.q.shape[0] * p.q.shape[1] * p.q.shape[3]
-        if _is_little(p.num_queries, p.num_keys, channels):
-            return True
-        reason = triton_prefill.why_not(p)
+    if dense_by_size(p):
+        return True
+    reason = (triton_decode if p.num_queries == 1 else triton_prefill).why_not(p)
     if reason is not None:
         _warn(reason)
     return reason is not None
+
+
+def dense_by_size(p: Problem) -> bool:
+    """Whether attention is dense already for what the sizes are, without looking at the inputs."""
+    if p.keeps_all or not p.rule.or_dense:
+        return p.keeps_all
+    if p.num_queries == 1:
+        return p.index is None or step_is_dense(p.k)
+    return _is_little(p.num_queries, p.num_keys, p.q.shape[0] * p.q.shape[1] * p.q.shape[3])
 
 
 def prompt_is_dense(tokens: int, channels: int) -> bool:

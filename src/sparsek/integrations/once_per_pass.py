@@ -1,0 +1,43 @@
+"""What all layers of a forward pass share, found out once: looking at values waits for the GPU."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+Found = TypeVar("Found")
+NO_LAYER = -1
+
+
+@dataclass(frozen=True)
+class _Known(Generic[Found]):
+    tensor: weakref.ref[torch.Tensor]
+    version: int
+    layer: int
+    found: Found
+
+
+class OncePerPass(threading.local, Generic[Found]):
+    """Remembers what was found out about tensors, such as positions and masks, that a model hands to each of
+    its layers."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Known[Found]] = {}
+
+    def get(self, x: torch.Tensor, layer: int, find: Callable[[], Found]) -> Found:
+        """What `find` returns; as before when a later layer hands over the same tensor, unchanged. Layers
+        without a number (NO_LAYER) always look."""
+        version = 0 if x.is_inference() else x._version  # inference tensors do not count their changes
+        known = self._known.get(id(x))
+        if known is None or known.tensor() is not x or known.version != version or layer <= known.layer:
+            self._known = {key: old for key, old in self._known.items() if old.tensor() is not None}
+            found = find()
+        else:
+            found = known.found
+        self._known[id(x)] = _Known(weakref.ref(x), version, layer, found)
+        return found
