@@ -100,6 +100,7 @@ bench: $(READY) ## measure the embedded model and record it in benchmarks/; want
 
 GPU := $(BIN)/sparsek bench-attention --device cuda --heads 32 --kv-heads 8 --head-dim 128 \
   --dtype bfloat16 -o jsonl
+# Not written into $(if), whose arguments end at commas.
 LISTS := -k auto,1024
 QUALITY_GPU := $(BIN)/sparsek eval --device cuda --select tile --context 8192 -o jsonl
 bench-gpu: $(READY) ## measure speed and quality on a CUDA device and record them in benchmarks/; MODEL=... adds one

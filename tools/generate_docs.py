@@ -28,6 +28,7 @@ from sparsek.report.tables import markdown_table, milliseconds, with_error
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "benchmarks"
 TARGET = 0.01  # of KL
+PLACES = {"cuda": "GPU", "cpu": "CPU, reference"}
 
 
 def main() -> int:
@@ -274,9 +275,6 @@ def study_tiles() -> str:
     return markdown_table(
         ["model", "computed on", "keys of a list", "KL", "K of each query with that KL"], rows
     )
-
-
-PLACES = {"cuda": "GPU", "cpu": "CPU, reference"}
 
 
 def _needed(found: dict[int, dict[str, Any]], target: float = TARGET) -> str:

@@ -24,6 +24,8 @@ from .policy import Rule, on_gpu, resolve
 _MAX_SOFTCAP: Final = 1e30  # a larger one is infinite in float32
 NO_VALUES: Final = object()  # only the selection is wanted; None would hide a forgotten v
 
+Ranges = tuple[Array, Array] | None
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -87,8 +89,12 @@ class Problem:
     def with_rule(self, rule: Rule) -> Problem:
         """The same with another rule. What was found out about the mask stays."""
         p = replace(self, rule=rule)
-        if "ranges" in vars(self):
-            vars(p)["ranges"] = self.ranges
+        return p.with_ranges(self.ranges) if "ranges" in vars(self) else p
+
+    def with_ranges(self, ranges: Ranges) -> Problem:
+        """The same, of which `ranges` is known already."""
+        p = replace(self)
+        vars(p)["ranges"] = ranges
         return p
 
     @property
@@ -96,7 +102,7 @@ class Problem:
         return self.rule.keeps_all(self.num_keys)
 
     @cached_property
-    def ranges(self) -> tuple[Array, Array] | None:
+    def ranges(self) -> Ranges:
         """The keys that the mask lets each row see, as `key_ranges` has them: for torch tensors alone.
         Looks at the whole mask, once. None where rows see all up to their position."""
         if self.starts is not None:

@@ -11,14 +11,13 @@ from typing import Generic, TypeVar
 import torch
 
 Found = TypeVar("Found")
-NO_LAYER = -1
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Known(Generic[Found]):
     tensor: weakref.ref[torch.Tensor]
     version: int
-    layer: int
+    layer: int | None
     found: Found
 
 
@@ -29,15 +28,14 @@ class OncePerPass(threading.local, Generic[Found]):
     def __init__(self) -> None:
         self._known: dict[int, _Known[Found]] = {}
 
-    def get(self, x: torch.Tensor, layer: int, find: Callable[[], Found]) -> Found:
+    def get(self, x: torch.Tensor, layer: int | None, find: Callable[[], Found]) -> Found:
         """What `find` returns; as before when a later layer hands over the same tensor, unchanged. Layers
-        without a number (NO_LAYER) always look."""
+        without a number always look."""
         version = 0 if x.is_inference() else x._version  # inference tensors do not count their changes
         known = self._known.get(id(x))
-        if known is None or known.tensor() is not x or known.version != version or layer <= known.layer:
+        same = known is not None and known.tensor() is x and known.version == version
+        if known is None or not same or known.layer is None or layer is None or layer <= known.layer:
             self._known = {key: old for key, old in self._known.items() if old.tensor() is not None}
-            found = find()
-        else:
-            found = known.found
-        self._known[id(x)] = _Known(weakref.ref(x), version, layer, found)
-        return found
+            known = self._known[id(x)] = _Known(weakref.ref(x), version, layer, find())
+        known.layer = layer
+        return known.found

@@ -31,8 +31,8 @@ from ..config import SparseKConfig
 from ..kernels import break_even, dense, dispatch
 from ..key_index import KeyIndex
 from ..policy import on_gpu, resolve
-from ..problem import Problem, make_problem
-from .once_per_pass import NO_LAYER, OncePerPass
+from ..problem import Problem, Ranges, make_problem
+from .once_per_pass import OncePerPass
 from .transformers_cache import SparseKCache, index_of
 
 __all__ = [
@@ -55,7 +55,6 @@ _UNSUPPORTED: Final = ("s_aux", "sinks", "position_bias", "indices", "block_indi
 
 Model = TypeVar("Model", bound=Any)
 Observer = Callable[[int, Problem, torch.Tensor], None]
-Ranges = tuple[torch.Tensor, torch.Tensor] | None
 _observers: list[Observer] = []
 _starts: OncePerPass[torch.Tensor | None] = OncePerPass()
 _ranges: OncePerPass[Ranges] = OncePerPass()
@@ -134,7 +133,8 @@ def current_config(model: Any) -> SparseKConfig | None:
 @contextlib.contextmanager
 def observed(observer: Observer) -> Iterator[None]:
     """Call `observer(layer, problem, output)` after every Sparse-K attention within the block: for
-    measuring, verifying and capturing. `problem` holds q, k, v and the rule, `output` is [B, H, Tq, Dv]."""
+    measuring, verifying and capturing. `layer` is -1 where a module has no number; `problem` holds q, k, v
+    and the rule, `output` is [B, H, Tq, Dv]."""
     _observers.append(observer)
     try:
         yield
@@ -165,7 +165,7 @@ def sparsek_attention(
             arguments that change what attention means and are not supported.
     """
     _refuse_unsupported(module, dropout, kwargs)
-    heads, num_queries = query.shape[1:3]
+    num_queries = query.shape[2]
     causal = attention_mask is None and num_queries > 1
     causal = causal and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if causal and key.shape[2] != num_queries:
@@ -174,7 +174,6 @@ def sparsek_attention(
     # Only a causal call without a mask can have lost its packing.
     positions = position_ids if causal and position_ids is not None and position_ids.ndim == 2 else None
     config, layer = _stored(getattr(module, "config", None)), getattr(module, "layer_idx", None)
-    layer = NO_LAYER if layer is None else layer
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rest = causal, scale, softcap, sliding_window, config, layer
     index = index_of(key)
@@ -188,13 +187,7 @@ def sparsek_attention(
         plain = attention_mask is None and softcap is None and starts is None
         if plain and query.is_cuda and _is_short(query, key, value, config, layer, sliding_window):
             # At once, for checking and dispatching would take the host longer than this.
-            out = (
-                dense.step(query, key, value, scale)
-                if num_queries == 1
-                else torch.nn.functional.scaled_dot_product_attention(
-                    query, key, value, is_causal=causal, scale=scale, enable_gqa=heads != key.shape[1]
-                )
-            )
+            out = dense.short(query, key, value, scale, causal)
         else:
             out = _attend(query, key, value, attention_mask, starts, *rest, index)
     return out.transpose(1, 2).contiguous(), None
@@ -205,7 +198,7 @@ def _is_short(
     key: torch.Tensor,
     value: torch.Tensor,
     config: str,
-    layer: int,
+    layer: int | None,
     sliding_window: int | None,
 ) -> bool:
     """Whether this is a step or a short prompt on a GPU that is dense, and nobody wants to see it."""
@@ -219,12 +212,8 @@ def _is_short(
         short = num_queries == num_keys and break_even.prompt_is_dense(num_keys, batch * heads * size)
     if short and parsed.select == "auto":
         return True
-    rule = resolve(on_gpu(parsed), num_keys, layer=_number(layer), context=sliding_window)
+    rule = resolve(on_gpu(parsed), num_keys, layer=layer, context=sliding_window)
     return rule.keeps_all(num_keys) and (short or num_queries == 1)
-
-
-def _number(layer: int) -> int | None:
-    return None if layer == NO_LAYER else layer
 
 
 @torch.library.custom_op("sparsek::attention", mutates_args=())
@@ -239,7 +228,7 @@ def _attention_op(
     softcap: float | None,
     sliding_window: int | None,
     config: str,
-    layer: int,
+    layer: int | None,
 ) -> torch.Tensor:
     """One opaque operation for torch.compile: everything that depends on values happens inside it."""
     starts = None if positions is None else _sequence_starts(positions)
@@ -257,7 +246,7 @@ def _attend(
     softcap: float | None,
     sliding_window: int | None,
     config: str,
-    layer: int,
+    layer: int | None,
     index: KeyIndex | None = None,
 ) -> torch.Tensor:
     given = mask
@@ -273,18 +262,18 @@ def _attend(
         is_causal=is_causal,
         scale=scale,
         softcap=softcap,
-        layer=_number(layer),
+        layer=layer,
         context=sliding_window,
         index=index,
     )
     if starts is not None:
         problem = replace(problem, starts=starts.expand(q.shape[0], -1).contiguous())
     if given is not None and problem.rule.tile and not break_even.dense_by_size(problem):
-        vars(problem)["ranges"] = _ranges.get(given, layer, lambda: problem.ranges)
+        problem = problem.with_ranges(_ranges.get(given, layer, lambda: problem.ranges))
     problem = dispatch.settled(problem)
     out: torch.Tensor = dispatch.attention(problem)
     for observer in tuple(_observers):
-        observer(layer, problem, out)
+        observer(-1 if layer is None else layer, problem, out)
     return out
 
 

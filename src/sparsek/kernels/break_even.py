@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from functools import cache
 from typing import Final
 
@@ -58,9 +57,8 @@ def _is_little(queries: int, keys: int, channels: int) -> bool:
 
 def step_is_dense(k: Array) -> bool:
     """Whether a step with the keys k [B, Hkv, Tk, D] is attended to densely, for it is faster."""
-    cuda = sys.modules["torch"].cuda
-    captured = k.is_cuda and cuda.is_current_stream_capturing()
-    return bool(math.prod(k.shape[:3]) < (_STEP_KEYS_IN_GRAPH if captured else _STEP_KEYS))
+    least = _STEP_KEYS_IN_GRAPH if triton_decode.capturing(k) else _STEP_KEYS
+    return bool(math.prod(k.shape[:3]) < least)
 
 
 @cache

@@ -88,10 +88,15 @@ def _on_gpu(p: Problem, mask: Any, is_causal: bool) -> Array:
     order = [backend.CUDNN_ATTENTION, backend.FLASH_ATTENTION, backend.MATH]
     prefer = torch.cuda.get_device_capability(p.q.device) >= _CUDNN_FIRST
     with torch.nn.attention.sdpa_kernel(order, set_priority=True) if prefer else nullcontext():
-        return torch.nn.functional.scaled_dot_product_attention(
-            p.q, p.k, p.v, attn_mask=mask, is_causal=is_causal, scale=p.scale,
-            enable_gqa=p.q.shape[1] != p.k.shape[1],
-        )  # fmt: skip
+        return _grouped(p.q, p.k, p.v, attn_mask=mask, is_causal=is_causal, scale=p.scale)
+
+
+def short(q: Array, k: Array, v: Array, scale: float, is_causal: bool) -> Array:
+    """A step, or a prompt so short that to prefer a kernel takes longer than it gains, on a GPU that
+    `has_gpu_kernels`."""
+    if q.shape[2] == 1:
+        return step(q, k, v, scale)
+    return _grouped(q, k, v, is_causal=is_causal, scale=scale)
 
 
 def step(q: Array, k: Array, v: Array, scale: float) -> Array:
@@ -103,12 +108,16 @@ def step(q: Array, k: Array, v: Array, scale: float) -> Array:
     if avoid:
         switches.enable_cudnn_sdp(False)
     try:
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        return _grouped(q, k, v, scale=scale)
     finally:
         if avoid:
             switches.enable_cudnn_sdp(True)
+
+
+def _grouped(q: Array, k: Array, v: Array, **options: Any) -> Array:
+    """PyTorch's attention by a kernel that takes groups of heads as they are."""
+    sdpa = sys.modules["torch"].nn.functional.scaled_dot_product_attention
+    return sdpa(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
 
 
 def _sdpa(p: Problem, q: Array, mask: Array | None, is_causal: bool) -> Array:

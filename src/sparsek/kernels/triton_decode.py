@@ -77,7 +77,7 @@ def attention(p: Problem) -> Array:
     with on_device_of(p.q):
         index, v = _index(p), values_of(p)
         rows = p.k.stride(3) == v.stride(3) == 1  # or they would be copied, in a graph always as many
-        if rows and p.ranges is None and index.is_before(p.num_keys) and not _capturing(p.q):
+        if rows and p.ranges is None and index.is_before(p.num_keys) and not capturing(p.q):
             return index.next_step(p.q, p.k, v, p.scale, p.rule)
         out = p.q.new_empty((*p.q.shape[:3], v.shape[3]))
         index.attend(p.q, p.k, v, out, _ready(index, p))
@@ -91,7 +91,7 @@ def select(p: Problem) -> Selection:
         return index.select(p.q, p.k, _ready(index, p))
 
 
-def _capturing(x: Array) -> bool:
+def capturing(x: Array) -> bool:
     """Whether a CUDA graph is made of what is launched."""
     return bool(x.is_cuda and sys.modules["torch"].cuda.is_current_stream_capturing())
 
@@ -343,9 +343,9 @@ class DecodeIndex:
         """One that goes its own way."""
         torch = sys.modules["torch"]
         twin = copy.copy(self)
-        for name, x in vars(self).items():
-            if isinstance(x, torch.Tensor):
-                with torch.inference_mode(False):
+        with torch.inference_mode(False):
+            for name, x in vars(self).items():
+                if isinstance(x, torch.Tensor):
                     setattr(twin, name, x.clone())
         twin._forget_steps()
         return twin
