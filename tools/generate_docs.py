@@ -197,7 +197,28 @@ def gpu() -> str:
         f"cuDNN {_cudnn(machine['cudnn'])}, Triton {machine['triton_version']}. Times: {timing}. Ratios: "
         "median of paired repetitions, and quartiles. Error: the largest of the output over sampled rows, "
         "against float64 over the same keys. Memory: the peak of one call, inputs included. "
-        f"{_window(records)}\n\n{_gpu_quality()}"
+        f"{_window(records)}\n\n{_gpu_model()}{_gpu_quality()}"
+    )
+
+
+def _gpu_model() -> str:
+    """What a whole model gains on a GPU; nothing while there are no records."""
+    if not (RECORDS / "speed-gpu.jsonl").exists():
+        return ""
+    records = _records("speed-gpu.jsonl")
+    rows = [
+        [_test(dense), *(f"{r['avg_ts']:.0f} ± {r['stddev_ts']:.0f}" for r in (dense, ours)), _spread(ours)]
+        for dense, ours in zip(records[::2], records[1::2], strict=True)
+    ]
+    machine = records[0]["environment"]
+    return (
+        "A whole model, of the shape of Llama 3.1 8B with random weights, in unmodified Transformers: "
+        '`attn_implementation="sdpa"` beside "sparsek" with its defaults (`make bench-gpu-model`). '
+        "Generation is dense on both sides here; it differs because PyTorch's choice for one query is cuDNN, "
+        "which makes a plan for every new number of keys, and ours is flash attention.\n\n"
+        f"{markdown_table(['test', 'dense, t/s', 'Sparse-K, t/s', 'ratio'], rows)}\n\n"
+        f"{machine['gpu']}, Transformers {machine['transformers_version']}, "
+        f"PyTorch {machine['torch_version']}.\n\n"
     )
 
 

@@ -80,8 +80,9 @@ class Engine(Protocol):
         of it, after the part. Several may be read in turns."""
 
     def generation(self, depth: list[int], count: int, config: SparseKConfig | None) -> Callable[[], float]:
-        """Process `depth`, untimed; then each call of the result generates `count` tokens after it, from
-        the same state, and returns the seconds taken."""
+        """Process `depth`, untimed; then each call of the result generates `count` tokens after it and
+        returns the seconds taken. From the same state; but on a GPU, where a library may plan its kernels
+        for every new number of keys, from where the last call ended, as generation goes on."""
 
     def generate(self, tokens: list[int], count: int, config: SparseKConfig | None) -> Iterator[int]:
         """Greedy continuation, a token at a time, until `count` tokens or the model's end token. The first

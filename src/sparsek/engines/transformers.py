@@ -7,6 +7,7 @@ import copy
 import io
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -19,6 +20,7 @@ from ..problem import Problem
 from .base import Observer, Part
 from .gguf_header import read_header
 from .model_file import find_model
+from .tokenizer_check import keeps_words_whole
 
 _LOGIT_ROWS: Final = 256  # rows of [rows, vocabulary] held at once
 
@@ -52,18 +54,24 @@ class TransformersEngine:
             torch.set_num_threads(threads)
         source: dict[str, Any] = {"pretrained_model_name_or_path": path}
         self.model_config = None
+        self._begins_with_bos = False
         if path.is_file():
             source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-            self.model_config = SparseKConfig.from_gguf_metadata(read_header(path).metadata)
+            metadata = read_header(path).metadata
+            self.model_config = SparseKConfig.from_gguf_metadata(metadata)
+            self._begins_with_bos = bool(metadata.get("tokenizer.ggml.add_bos_token"))
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be switched off
-                loaded, report = AutoModelForCausalLM.from_pretrained(
-                    **source, dtype=dtype, output_loading_info=True
-                )
-                self._tokenizer = AutoTokenizer.from_pretrained(**source)
-        except Exception as error:  # a damaged model fails in many ways
-            raise ValueError(f"Transformers cannot load {path}: {_first_line(error)}") from error
+        with _loading(path):
+            self._tokenizer = AutoTokenizer.from_pretrained(**source)
+        if path.is_file() and not keeps_words_whole(self._tokenizer):
+            raise ValueError(
+                f"Transformers {self.version} reads the tokenizer of this file wrongly, words come as single "
+                f"letters: pip install -U transformers, or use the engine llama: {path}"
+            )
+        with _loading(path):
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                **source, dtype=dtype, output_loading_info=True
+            )
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise ValueError(f"the model lacks weights, {missing} among them: {path}")
@@ -85,7 +93,10 @@ class TransformersEngine:
         self.dense = str(config._attn_implementation)
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text)["input_ids"])
+        tokens = list(self._tokenizer(text)["input_ids"])
+        bos = self._tokenizer.bos_token_id
+        missing = self._begins_with_bos and bos is not None and tokens[:1] != [bos]
+        return [bos, *tokens] if missing else tokens  # some versions of Transformers leave it out
 
     def encode_chat(self, text: str) -> list[int]:
         if self._tokenizer.chat_template is None:
@@ -111,7 +122,9 @@ class TransformersEngine:
             first = self._step(self._ids(tokens), at_depth)
 
         def once() -> float:
-            token, cache = first, copy.deepcopy(at_depth)  # a sliding-window cache cannot be cropped back
+            token, cache = first, at_depth
+            if self.device == "cpu" or cache.get_seq_length() + count > self.context_length:
+                cache = copy.deepcopy(cache)  # a sliding-window cache cannot be cropped back
             with self._attending(config):
                 start = time.perf_counter()
                 for _ in range(count):
@@ -217,6 +230,16 @@ class TransformersEngine:
         ends = self._model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         return {int(e) for e in [*ends, self._tokenizer.eos_token_id] if e is not None}
+
+
+@contextlib.contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Without the progress bar that cannot be switched off, and with one kind of error."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except Exception as error:  # a damaged model fails in many ways
+        raise ValueError(f"Transformers cannot load {path}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -187,7 +187,7 @@ def sparsek_attention(
         plain = attention_mask is None and softcap is None and starts is None
         if plain and query.is_cuda and _is_short(query, key, value, config, layer, sliding_window):
             # At once, for checking and dispatching would take the host longer than this.
-            out = dense.short(query, key, value, scale, causal)
+            out = dense.on_gpu(query, key, value, scale, is_causal=causal)
         else:
             out = _attend(query, key, value, attention_mask, starts, *rest, index)
     return out.transpose(1, 2).contiguous(), None

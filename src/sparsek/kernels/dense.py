@@ -6,7 +6,6 @@ The compiled kernel does the same faster in most cases; here the others run, and
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from typing import Any
 
 from .. import _core, arrays
@@ -18,7 +17,6 @@ TAKES = "rules that keep everything, where PyTorch's own attention is the fastes
 
 _FEW_QUERIES = 32  # measured: below this, and with a key head for each query head, PyTorch is faster
 _FLASH = (8, 0)  # compute capability
-_CUDNN_FIRST = (9, 0)
 _MASK_ELEMENTS = 1 << 24  # of an explicit mask made at once
 
 
@@ -47,11 +45,13 @@ def attention(p: Problem) -> Array:
     last_row = num_queries == 1 and p.first_position == num_keys - 1  # sees everything
     if p.mask is None and (square or last_row or not p.is_causal):
         is_causal = p.is_causal and square and not last_row
-        return _on_gpu(p, None, is_causal) if has_gpu_kernels(p.q, p.v) else _sdpa(p, p.q, None, is_causal)
+        if has_gpu_kernels(p.q, p.v):
+            return on_gpu(p.q, p.k, p.v, p.scale, is_causal=is_causal)
+        return _sdpa(p, p.q, None, is_causal)
     if p.mask is None and p.first_position == num_keys - num_queries >= 0 and has_gpu_kernels(p.q, p.v):
         from torch.nn.attention.bias import causal_lower_right
 
-        return _on_gpu(p, causal_lower_right(num_queries, num_keys), False)
+        return on_gpu(p.q, p.k, p.v, p.scale, mask=causal_lower_right(num_queries, num_keys))
     if p.mask is not None and not p.is_causal:
         return _sdpa(p, p.q, p.mask, False)
     # Causal but not square, or causal with a mask: SDPA needs both as one mask, made some rows at a time.
@@ -78,25 +78,11 @@ def has_gpu_kernels(q: Array, v: Array) -> bool:
     return capability >= _FLASH
 
 
-def _on_gpu(p: Problem, mask: Any, is_causal: bool) -> Array:
-    """For prompts cuDNN is the fastest on GPUs of compute capability 9.0 (measured on an H100), and not all
-    versions of PyTorch take it."""
-    torch = sys.modules["torch"]
-    if p.num_queries == 1:
-        return step(p.q, p.k, p.v, p.scale)
-    backend = torch.nn.attention.SDPBackend
-    order = [backend.CUDNN_ATTENTION, backend.FLASH_ATTENTION, backend.MATH]
-    prefer = torch.cuda.get_device_capability(p.q.device) >= _CUDNN_FIRST
-    with torch.nn.attention.sdpa_kernel(order, set_priority=True) if prefer else nullcontext():
-        return _grouped(p.q, p.k, p.v, attn_mask=mask, is_causal=is_causal, scale=p.scale)
-
-
-def short(q: Array, k: Array, v: Array, scale: float, is_causal: bool) -> Array:
-    """A step, or a prompt so short that to prefer a kernel takes longer than it gains, on a GPU that
-    `has_gpu_kernels`."""
-    if q.shape[2] == 1:
+def on_gpu(q: Array, k: Array, v: Array, scale: float, *, is_causal: bool = False, mask: Any = None) -> Array:
+    """Attention on a GPU that `has_gpu_kernels`: by the kernel that PyTorch prefers, but for steps."""
+    if q.shape[2] == 1 and mask is None:
         return step(q, k, v, scale)
-    return _grouped(q, k, v, is_causal=is_causal, scale=scale)
+    return _grouped(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
 
 
 def step(q: Array, k: Array, v: Array, scale: float) -> Array:
