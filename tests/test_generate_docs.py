@@ -77,9 +77,28 @@ def test_records_of_a_gpu_are_two_tables(tool: ModuleType, tmp_path: Path) -> No
         ["8192", "384", "1.25 cudnn", *ours, "1.75", "1.2e-02", "1.50"],
         ["1024", "all", "1.25 flash", *ours, "-", "1.2e-02", "1.50"],
     ]
-    assert rows[9] == ["M", "GPU", "384", "463", "1.0010 ± 0.0020", "0.0090 ± 0.0010", "0.960"]
+    assert rows[9] == ["M", "384", "463", "1.0010 ± 0.0020", "0.0090 ± 0.0010", "0.960"]
     assert rows[6:7] == [
         ["8192", "8", "384", "0.0500 flash", "0.0125", "4.00 (2.40-2.60)", "400 µs", "1.2e-02", "1.50"],
     ]
     assert "32/8 heads of 128, bfloat16, Some GPU, PyTorch 2.11.0+cu130, CUDA 13.0, cuDNN 9.15.1" in text
     assert "Times: replayed CUDA graphs." in text
+
+
+def test_a_whole_model_on_a_gpu_is_a_table_beside_them(tool: ModuleType, tmp_path: Path) -> None:
+    dense = {"n_prompt": 0, "n_depth": 4096, "avg_ts": 16.2, "stddev_ts": 1.3, "speedup": None}
+    dense["environment"] = ENVIRONMENT | {"transformers_version": "5.17.0"}
+    ours = dense | {"avg_ts": 48.6, "speedup": 3.0, "speedup_low": 2.8, "speedup_high": 3.1}
+    (tmp_path / "attention-gpu.jsonl").write_text(json.dumps(record()) + "\n")
+    (tmp_path / "quality-gpu.jsonl").write_text("")
+    assert "A whole model" not in tool.gpu()
+    (tmp_path / "speed-gpu.jsonl").write_text(json.dumps(dense) + "\n" + json.dumps(ours) + "\n")
+    text = tool.gpu()
+    row = next(line for line in text.splitlines() if line.startswith("| generation"))
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        "generation after 4096",
+        "16 ± 1",
+        "49 ± 1",
+        "3.00 (2.80-3.10)",
+    ]
+    assert "Some GPU, Transformers 5.17.0, PyTorch 2.11.0+cu130." in text

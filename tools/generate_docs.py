@@ -28,7 +28,6 @@ from sparsek.report.tables import markdown_table, milliseconds, with_error
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "benchmarks"
 TARGET = 0.01  # of KL
-PLACES = {"cuda": "GPU", "cpu": "CPU, reference"}
 
 
 def main() -> int:
@@ -231,7 +230,6 @@ def _gpu_quality() -> str:
         rows.append(
             [
                 r["model"],
-                PLACES[r["device"]],
                 keys,
                 f"{r['kept_mean']:.0f}",
                 ratio,
@@ -239,10 +237,10 @@ def _gpu_quality() -> str:
                 f"{r['same_top']:.3f}",
             ]
         )
-    titles = ["model", "computed on", "K", "keys kept", "perplexity ratio", "KL", "same top token"]
+    titles = ["model", "K", "keys kept", "perplexity ratio", "KL", "same top token"]
     return (
-        "What these lists cost, at 8192 tokens (`sparsek eval`, one window, beside dense attention in the "
-        "same run; on the CPU the reference, whose lists are exact):\n\n"
+        "What these lists cost, at 8192 tokens (`sparsek eval` on the GPU, one window, beside dense "
+        "attention in the same run):\n\n"
         f"{markdown_table(titles, rows)}"
     )
 
@@ -292,10 +290,8 @@ def study_tiles() -> str:
         found = studied.get(r["model"], {}).get(r["context"], {})
         keys = fixed(SparseKConfig.from_dict(r["config"]), r["context"], r["device"]).top_k
         same = _needed(found, r["kl_mean"])
-        rows.append([r["model"], PLACES[r["device"]], str(keys), f"{r['kl_mean']:.4f}", same])
-    return markdown_table(
-        ["model", "computed on", "keys of a list", "KL", "K of each query with that KL"], rows
-    )
+        rows.append([r["model"], str(keys), f"{r['kl_mean']:.4f}", same])
+    return markdown_table(["model", "keys of a list", "KL", "K of each query with that KL"], rows)
 
 
 def _needed(found: dict[int, dict[str, Any]], target: float = TARGET) -> str:
