@@ -28,7 +28,8 @@ test: $(READY) ## C++ and Python tests
 	$(BIN)/pytest
 
 test-gpu: $(READY) ## the GPU kernels and their timing on the card; elsewhere in Triton's interpreter
-	$(BIN)/pytest tests/kernels/test_triton_*.py tests/bench tests/integrations/test_transformers_gpu.py
+	$(BIN)/pytest tests/kernels/test_triton_*.py tests/kernels/test_*_gpu.py tests/kernels/test_break_even.py tests/bench \
+	  tests/integrations/test_transformers_gpu.py
 
 test-sanitize: $(READY) ## C++ tests under the address, undefined-behaviour and thread sanitizers
 	$(CMAKE) -S . -B build/asan -DSPARSEK_BUILD_TESTS=ON -DSPARSEK_SANITIZE=address,undefined
