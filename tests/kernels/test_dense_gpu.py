@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,20 +35,28 @@ def test_prompts_chunks_and_steps(
     assert (out.double() - expected.double()).abs().max() <= (0.03 if ON_CARD else 1e-5)
 
 
-def test_a_step_leaves_the_choice_of_kernels_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN is left out, but not where the caller wants it alone."""
-    device = "cuda" if ON_CARD else "cpu"
-    q, k, v = (torch.randn(1, 4, n, 64, device=device, dtype=torch.bfloat16) for n in (1, 50, 50))
-    switches, seen = torch.backends.cuda, []
-    sdpa = torch.nn.functional.scaled_dot_product_attention
+@pytest.mark.skipif(not ON_CARD, reason="looks at which of PyTorch's kernels runs on a GPU")
+def test_a_step_is_flash_attention_where_the_caller_allows_it() -> None:
+    """Not cuDNN's, and nothing is switched for others."""
+    q, k, v = (
+        torch.randn(1, heads, n, 64, device="cuda", dtype=torch.bfloat16)
+        for heads, n in ((8, 1), (2, 50), (2, 50))
+    )
+    switches = torch.backends.cuda
+    before = switches.cudnn_sdp_enabled(), torch._C._get_sdp_priority_order()
+    assert "flash" in kernels(lambda: dense.step(q, k, v, 0.1))
+    switches.enable_flash_sdp(False)
+    try:
+        assert "flash_fwd" not in kernels(lambda: dense.step(q, k, v, 0.1))
+    finally:
+        switches.enable_flash_sdp(True)
+    assert before == (switches.cudnn_sdp_enabled(), torch._C._get_sdp_priority_order())
 
-    def spy(*args: Any, **options: Any) -> torch.Tensor:
-        seen.append(switches.cudnn_sdp_enabled())
-        return sdpa(*args, **options)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    for flash in (True, False):
-        monkeypatch.setattr(switches, "flash_sdp_enabled", lambda flash=flash: flash)
-        dense.step(q, k, v, 0.1)
-        assert switches.cudnn_sdp_enabled()
-    assert seen == [False, True]
+def kernels(call: Callable[[], Any]) -> str:
+    """The names of the kernels that run on the GPU."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return " ".join(event.key for event in profile.key_averages())

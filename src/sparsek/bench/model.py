@@ -27,7 +27,8 @@ class BenchRecord:
     `top_k` 0 is the engine's own dense attention, which `backend` names; `speedup` is over it, the median of
     paired repetitions, with its quartiles. `verified_rows` attention rows were compared with the float64
     reference, per head.
-    `operations`: the attention operations of one repetition, by who computed them.
+    `operations`: the attention operations of one repetition, by who computed them. `n_depth`: tokens before
+    the first generated one; on a GPU repetitions go on where the one before ended, after an untimed one.
     """
 
     engine: str
@@ -96,14 +97,18 @@ def bench(
         ValueError: a test needs more tokens than the model's context.
         VerificationError: an attention output is not that of the reference.
     """
+    calls_of_a_test = 2 + repetitions if engine.generation_goes_on else 1
     for test in planned:
-        check_fits(test.prompt + test.depth + test.generated, engine.context_length)
+        check_fits(test.prompt + test.depth + test.generated * calls_of_a_test, engine.context_length)
     longest = max(test.prompt + test.depth for test in planned)
     tokens = take_tokens(engine, text, longest)
     for test in planned:
         calls = [_timed(engine, test, tokens, config) for config in configs]
-        checks = [_warm_up(engine, call, config) for call, config in zip(calls, configs, strict=True)]
+        checks = [_untimed(engine, call, config) for call, config in zip(calls, configs, strict=True)]
         samples = alternate(calls, repetitions, advance)
+        if test.generated and engine.generation_goes_on:  # by now over more keys
+            after = [_untimed(engine, call, config) for call, config in zip(calls, configs, strict=True)]
+            checks = [a.joined(b) for a, b in zip(checks, after, strict=True)]
         dense = samples[configs.index(None)] if None in configs else None
         for config, check, seconds in zip(configs, checks, samples, strict=True):
             yield _record(engine, test, config, check, seconds, dense, threads)
@@ -111,13 +116,20 @@ def bench(
 
 @dataclass(frozen=True)
 class _Check:
-    """What the first, untimed call of a test showed. `verified`: None for dense attention, the host's own."""
+    """What an untimed call of a test showed. `verified`: None for dense attention, the host's own."""
 
     verified: Verification | None
     operations: dict[str, int]
 
+    def joined(self, later: _Check) -> _Check:
+        """With what a later call showed; operations are of one call."""
+        if self.verified is None or later.verified is None:
+            return self
+        worst = max(self.verified.max_abs_err, later.verified.max_abs_err)
+        return _Check(Verification(self.verified.rows + later.verified.rows, worst), self.operations)
 
-def _warm_up(engine: Engine, call: Callable[[], float], config: SparseKConfig | None) -> _Check:
+
+def _untimed(engine: Engine, call: Callable[[], float], config: SparseKConfig | None) -> _Check:
     """Make the call once, untimed, and verify some rows of some layers of it."""
     step = max(1, engine.num_layers // VERIFY_LAYERS)
     found: list[Verification] = []

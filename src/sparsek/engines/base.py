@@ -53,6 +53,8 @@ class Engine(Protocol):
         num_layers, num_heads, head_size, num_parameters: of the model.
         context_length: the most tokens the model was made for.
         model_config: the Sparse-K configuration that the model file carries, or None.
+        generation_goes_on: whether each call of what `generation` returns begins where the one before it
+            ended, as on a GPU, where a library may plan its kernels for every new number of keys.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Engine(Protocol):
     num_parameters: int
     context_length: int
     model_config: SparseKConfig | None
+    generation_goes_on: bool
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -80,9 +83,8 @@ class Engine(Protocol):
         of it, after the part. Several may be read in turns."""
 
     def generation(self, depth: list[int], count: int, config: SparseKConfig | None) -> Callable[[], float]:
-        """Process `depth`, untimed; then each call of the result generates `count` tokens after it and
-        returns the seconds taken. From the same state; but on a GPU, where a library may plan its kernels
-        for every new number of keys, from where the last call ended, as generation goes on."""
+        """Process `depth`, untimed; then each call of the result generates `count` tokens after it, or after
+        those of the call before where `generation_goes_on`, and returns the seconds taken."""
 
     def generate(self, tokens: list[int], count: int, config: SparseKConfig | None) -> Iterator[int]:
         """Greedy continuation, a token at a time, until `count` tokens or the model's end token. The first

@@ -41,6 +41,7 @@ class LlamaEngine:
             raise ValueError(f"the engine llama needs a GGUF file: {path}")
         metadata = read_header(path).metadata
         self.model_config = SparseKConfig.from_gguf_metadata(metadata)
+        self.generation_goes_on = False
         self._lib = lib = api.library()
         self._flash_attention, self._rope_scale = flash_attention, rope_scale
         self.dense = f"flash attention {'on' if flash_attention else 'off'}"

@@ -47,6 +47,7 @@ class TransformersEngine:
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device 'cuda': PyTorch finds no CUDA device here")
         self.device = device
+        self.generation_goes_on = device == "cuda"
         self.path = path = find_model(model)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -54,21 +55,22 @@ class TransformersEngine:
             torch.set_num_threads(threads)
         source: dict[str, Any] = {"pretrained_model_name_or_path": path}
         self.model_config = None
-        self._begins_with_bos = False
+        self._bos: int | None = None
         if path.is_file():
             source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
             metadata = read_header(path).metadata
             self.model_config = SparseKConfig.from_gguf_metadata(metadata)
-            self._begins_with_bos = bool(metadata.get("tokenizer.ggml.add_bos_token"))
+            self._bos = _bos(metadata)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        with _loading(path):
+        with _loading("tokenizer", path):
             self._tokenizer = AutoTokenizer.from_pretrained(**source)
-        if path.is_file() and not keeps_words_whole(self._tokenizer):
+            in_order = path.is_dir() or keeps_words_whole(self._tokenizer)
+        if not in_order:
             raise ValueError(
-                f"Transformers {self.version} reads the tokenizer of this file wrongly, words come as single "
-                f"letters: pip install -U transformers, or use the engine llama: {path}"
+                f"the tokenizer cuts its own words to pieces: Transformers {self.version} reads this file "
+                f"wrongly (pip install -U transformers, or use the engine llama) or it is damaged: {path}"
             )
-        with _loading(path):
+        with _loading("model", path):
             loaded, report = AutoModelForCausalLM.from_pretrained(
                 **source, dtype=dtype, output_loading_info=True
             )
@@ -93,17 +95,24 @@ class TransformersEngine:
         self.dense = str(config._attn_implementation)
 
     def encode(self, text: str) -> list[int]:
-        tokens = list(self._tokenizer(text)["input_ids"])
-        bos = self._tokenizer.bos_token_id
-        missing = self._begins_with_bos and bos is not None and tokens[:1] != [bos]
-        return [bos, *tokens] if missing else tokens  # some versions of Transformers leave it out
+        return self._begun(list(self._tokenizer(text)["input_ids"]))
 
     def encode_chat(self, text: str) -> list[int]:
-        if self._tokenizer.chat_template is None:
+        if not self._tokenizer.chat_template:
             return self.encode(text)
         chat = [{"role": "user", "content": text}]
-        encoded = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-        return list(encoded["input_ids"])
+        try:
+            encoded = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # a program that came with the model
+            reason = _first_line(error)
+            raise ValueError(f"the chat template of {self.path} fails, try --raw: {reason}") from error
+        return self._begun(list(encoded["input_ids"]))
+
+    def _begun(self, tokens: list[int]) -> list[int]:
+        """Some versions of Transformers leave out the token that a GGUF file's texts begin with."""
+        if self._bos is None or tokens[:1] == [self._bos]:
+            return tokens
+        return [self._bos, *tokens]
 
     def decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
@@ -119,12 +128,13 @@ class TransformersEngine:
         tokens = depth or self.encode("The")[:1]  # generation begins from something
         at_depth = self._cache(config)
         with self._attending(config):
-            first = self._step(self._ids(tokens), at_depth)
+            token = first = self._step(self._ids(tokens), at_depth)
 
         def once() -> float:
-            token, cache = first, at_depth
-            if self.device == "cpu" or cache.get_seq_length() + count > self.context_length:
-                cache = copy.deepcopy(cache)  # a sliding-window cache cannot be cropped back
+            nonlocal token
+            cache = at_depth
+            if not self.generation_goes_on:  # a copy, for a sliding-window cache cannot be cropped back
+                token, cache = first, copy.deepcopy(at_depth)
             with self._attending(config):
                 start = time.perf_counter()
                 for _ in range(count):
@@ -232,15 +242,24 @@ class TransformersEngine:
         return {int(e) for e in [*ends, self._tokenizer.eos_token_id] if e is not None}
 
 
+def _bos(metadata: dict[str, Any]) -> int | None:
+    """The token that a GGUF file wants its texts to begin with; those of SentencePiece do if it is silent."""
+    of_llama = metadata.get("tokenizer.ggml.model") == "llama"
+    bos = metadata.get("tokenizer.ggml.bos_token_id")
+    wanted = metadata.get("tokenizer.ggml.add_bos_token", of_llama) is True
+    return bos if wanted and isinstance(bos, int) else None
+
+
 @contextlib.contextmanager
-def _loading(path: Path) -> Iterator[None]:
+def _loading(part: str, path: Path) -> Iterator[None]:
     """Without the progress bar that cannot be switched off, and with one kind of error."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     except Exception as error:  # a damaged model fails in many ways
-        raise ValueError(f"Transformers cannot load {path}: {_first_line(error)}") from error
+        raise ValueError(f"Transformers cannot load the {part} of {path}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
