@@ -103,7 +103,7 @@ GPU := $(BIN)/sparsek bench-attention --device cuda --heads 32 --kv-heads 8 --he
   --dtype bfloat16 -o jsonl
 # Not written into $(if), whose arguments end at commas.
 LISTS := -k auto,1024
-QUALITY_GPU := $(BIN)/sparsek eval --device cuda --select tile --context 8192 -o jsonl
+QUALITY_GPU := $(BIN)/sparsek eval --device cuda --select tile -o jsonl --context
 bench-gpu: $(READY) ## measure speed and quality on a CUDA device and record them in benchmarks/; MODEL=... adds one
 	mkdir -p build
 	$(GPU) --tokens 1024,2048,4096,8192,16384,32768,65536,131072 > build/attention-gpu.jsonl
@@ -111,16 +111,17 @@ bench-gpu: $(READY) ## measure speed and quality on a CUDA device and record the
 	for batch in 1 8; do \
 	  $(GPU) --select tile --tokens 8192,32768,131072 --queries 1 --index --batch $$batch || exit 1; \
 	done >> build/attention-gpu.jsonl
-	$(QUALITY_GPU) > build/quality-gpu.jsonl
-	$(if $(MODEL),$(QUALITY_GPU) $(LISTS) -m $(MODEL) >> build/quality-gpu.jsonl)
+	$(QUALITY_GPU) 8192 > build/quality-gpu.jsonl
+	$(if $(MODEL),for n in 8192 32768; do \
+	  $(QUALITY_GPU) $$n $(LISTS) -m $(MODEL) || exit 1; \
+	done >> build/quality-gpu.jsonl)
 	mv build/attention-gpu.jsonl build/quality-gpu.jsonl benchmarks/
 
 BIG := build/llama-8b-random-weights
 bench-gpu-model: $(READY) ## measure a whole model of 8 billion weights on a CUDA device; 16 GB of disk
 	mkdir -p build
 	$(BIN)/python tools/random_model.py $(BIG)
-	$(BIN)/sparsek bench --device cuda -m $(BIG) -p 4096,16384,32768 -n 16 -d 32768 -o jsonl > build/speed-gpu.jsonl
-	$(BIN)/sparsek bench --device cuda -m $(BIG) -p 131072 -n 0 -r 2 -o jsonl >> build/speed-gpu.jsonl
+	$(BIN)/sparsek bench --device cuda -m $(BIG) -p 4096,8192,16384,32768,65536,131072 -n 0 -o jsonl > build/speed-gpu.jsonl
 	mv build/speed-gpu.jsonl benchmarks/
 
 # Quality against K at several lengths, and of other forms at one K. Sliding windows under 1024 stay dense.

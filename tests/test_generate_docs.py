@@ -86,7 +86,14 @@ def test_records_of_a_gpu_are_two_tables(tool: ModuleType, tmp_path: Path) -> No
 
 
 def test_a_whole_model_on_a_gpu_is_a_table_beside_them(tool: ModuleType, tmp_path: Path) -> None:
-    dense = {"n_prompt": 0, "n_depth": 4096, "avg_ts": 16.2, "stddev_ts": 1.3, "speedup": None}
+    dense = {
+        "n_prompt": 0,
+        "n_depth": 4096,
+        "avg_ts": 16.2,
+        "stddev_ts": 1.3,
+        "speedup": None,
+        "samples_ns": [1, 2, 3],
+    }
     dense["environment"] = ENVIRONMENT | {"transformers_version": "5.17.0"}
     ours = dense | {"avg_ts": 48.6, "speedup": 3.0, "speedup_low": 2.8, "speedup_high": 3.1}
     (tmp_path / "attention-gpu.jsonl").write_text(json.dumps(record()) + "\n")
@@ -101,4 +108,5 @@ def test_a_whole_model_on_a_gpu_is_a_table_beside_them(tool: ModuleType, tmp_pat
         "49 ± 1",
         "3.00 (2.80-3.10)",
     ]
-    assert "Some GPU, Transformers 5.17.0, PyTorch 2.11.0+cu130." in text
+    assert "Some GPU, Transformers 5.17.0, PyTorch 2.11.0+cu130, CUDA 13.0, cuDNN 9.15.1." in text
+    assert "median of 3 paired" in text

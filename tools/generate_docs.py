@@ -77,17 +77,26 @@ def llama() -> str:
         rows.setdefault(_test(r), {})[dense if r["top_k"] == 0 else f"beside {dense}"] = r
     cells = []
     for name, found in rows.items():
-        on, off = found["flash attention on"], found["flash attention off"]
-        beside_on, beside_off = found["beside flash attention on"], found["beside flash attention off"]
-        speeds = (f"{r['avg_ts']:.0f} ± {r['stddev_ts']:.0f}" for r in (off, on, beside_on))
-        cells.append([name, *speeds, _spread(beside_on), _spread(beside_off)])
-    titles = ["test", "flash attention off, t/s", "on, t/s", "K = 64, t/s", "ratio to on", "ratio to off"]
+        on, off = "flash attention on", "flash attention off"
+        cells.append(
+            [name, *(cell for side in (on, off) for cell in _beside(found[side], found[f"beside {side}"]))]
+        )
+    titles = ["test", "flash attention on, t/s", "K = 64", "ratio", "off, t/s", "K = 64", "ratio"]
     first, machine = _records("speed-llama.jsonl")[0], _records("speed-llama.jsonl")[0]["environment"]
     return (
         f"{markdown_table(titles, cells)}\n\n{first['model']}, xllamacpp {machine['xllamacpp_version']}, "
-        f"{first['n_threads']} threads, {machine['cpu']} ({machine['isa']}). Ratios: median of paired "
-        f"repetitions, and quartiles. {_window(r for found in rows.values() for r in found.values())}"
+        f"{first['n_threads']} threads, {machine['cpu']} ({machine['isa']}). A ratio is of two that ran in "
+        "turns: median of paired repetitions, and quartiles; the two sides are two runs. *dense*: below "
+        "`min_context`, by a kernel of ours for prompts and by llama.cpp's for generation. "
+        f"{_window(r for found in rows.values() for r in found.values())}"
     )
+
+
+def _beside(dense: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    speeds = [f"{r['avg_ts']:.0f} ± {r['stddev_ts']:.0f}" for r in (dense, ours)]
+    if ours["operations"]["sparse"] == 0:
+        speeds[1] += " *dense*"
+    return [*speeds, _spread(ours)]
 
 
 def _spread(record: dict[str, Any]) -> str:
@@ -102,7 +111,7 @@ def speed() -> str:
             _test(r),
             "dense" if r["top_k"] == 0 else str(r["top_k"]),
             f"{r['avg_ts']:.1f} ± {r['stddev_ts']:.1f}",
-            "" if r["speedup"] is None else f"{r['speedup']:.2f}",
+            "" if r["speedup"] is None else _spread(r),
         ]
         for r in records
     ]
@@ -142,7 +151,7 @@ def attention() -> str:
         )
     titles = ["call", "K", "PyTorch, ms", "plain top-K", "on real text", "default form", "on real text"]
     window = _window(_records("attention.jsonl"))
-    return f"{markdown_table(titles, rows)}\n\n{_machine(first)}. *dense*: below `min_context`. {window}"
+    return f"{markdown_table(titles, rows)}\n\n{_machine(first)}. {window}"
 
 
 def break_even() -> str:
@@ -177,7 +186,7 @@ def gpu() -> str:
             prompts.append([str(r["tokens"]), *measured, beside, *checked])
         else:
             steps.append([str(r["tokens"]), str(r["batch"]), *measured, f"{r['host_us']:.0f} µs", *checked])
-    titles = ["K", "dense, ms", "ours, ms", "ratio"]
+    titles = ["keys of a list", "dense, ms", "ours, ms", "ratio"]
     ends = ["max error", "memory, ours to dense"]
     first, machine = records[0], records[0]["environment"]
     timing = " and ".join(TIMINGS[name] for name in sorted({r["timing"] for r in records}, reverse=True))
@@ -185,9 +194,10 @@ def gpu() -> str:
         "On a GPU, the attention call on random inputs beside the faster of PyTorch's cuDNN and flash "
         "attention; a ratio over 1 says that ours is faster. *all*: attention is dense, for that is faster. "
         "The ratio to FlexAttention is to its time over as many keys in random blocks of 128, which nobody "
-        "had to choose: it shows what choosing costs.\n\n"
+        "had to choose; under 1, for choosing is most of the work.\n\n"
         f"{markdown_table(['tokens', *titles, 'ratio to FlexAttention', *ends], prompts)}\n\n"
-        "One query over keys that have been indexed, as in a step of generation. Host: what a new token and "
+        'One query over keys that have been indexed, as in a step of generation, with `select="tile"`; '
+        '"auto" takes dense attention for fewer keys, see below. Host: what a new token and '
         "its step cost Python, which is not in the other times, for they are replays of CUDA graphs; where "
         "Python calls every step, it is no faster than that.\n\n"
         f"{markdown_table(['keys', 'batch', *titles, 'host', *ends], steps)}\n\n"
@@ -212,12 +222,11 @@ def _gpu_model() -> str:
     machine = records[0]["environment"]
     return (
         "A whole model, of the shape of Llama 3.1 8B with random weights, in unmodified Transformers: "
-        '`attn_implementation="sdpa"` beside "sparsek" with its defaults (`make bench-gpu-model`). '
-        "Generation is dense on both sides here; it differs because PyTorch's choice for one query is cuDNN, "
-        "which makes a plan for every new number of keys, and ours is flash attention.\n\n"
+        '`attn_implementation="sdpa"` beside "sparsek" with its defaults (`make bench-gpu-model`).\n\n'
         f"{markdown_table(['test', 'dense, t/s', 'Sparse-K, t/s', 'ratio'], rows)}\n\n"
-        f"{machine['gpu']}, Transformers {machine['transformers_version']}, "
-        f"PyTorch {machine['torch_version']}.\n\n"
+        f"One sequence, bfloat16, {machine['gpu']}, Transformers {machine['transformers_version']}, "
+        f"PyTorch {machine['torch_version']}, CUDA {machine['cuda']}, cuDNN {_cudnn(machine['cudnn'])}. "
+        f"Ratios: median of {len(records[0]['samples_ns'])} paired repetitions, and quartiles.\n\n"
     )
 
 
@@ -230,6 +239,7 @@ def _gpu_quality() -> str:
         rows.append(
             [
                 r["model"],
+                str(r["context"]),
                 keys,
                 f"{r['kept_mean']:.0f}",
                 ratio,
@@ -237,10 +247,12 @@ def _gpu_quality() -> str:
                 f"{r['same_top']:.3f}",
             ]
         )
-    titles = ["model", "K", "keys kept", "perplexity ratio", "KL", "same top token"]
+    titles = ["model", "tokens", "keys of a list", "keys kept", "perplexity ratio", "KL", "same top token"]
     return (
-        "What these lists cost, at 8192 tokens (`sparsek eval` on the GPU, one window, beside dense "
-        "attention in the same run):\n\n"
+        "What such lists cost, on models that are at hand here (`sparsek eval --device cuda --select tile`, "
+        "one window, beside dense attention in the same run; for models so small "
+        '"auto" is dense at 8192 tokens). In Gemma 3 they are in 3 layers of 18, the others have sliding '
+        "windows of 512.\n\n"
         f"{markdown_table(titles, rows)}"
     )
 
@@ -288,6 +300,8 @@ def study_tiles() -> str:
     studied, rows = _study(), []
     for r in _records("quality-gpu.jsonl"):
         found = studied.get(r["model"], {}).get(r["context"], {})
+        if not found:
+            continue
         keys = fixed(SparseKConfig.from_dict(r["config"]), r["context"], r["device"]).top_k
         same = _needed(found, r["kl_mean"])
         rows.append([r["model"], str(keys), f"{r['kl_mean']:.4f}", same])

@@ -60,7 +60,7 @@ void set(Settings* s, const std::string& field, const std::string& text) {
         s->min_context = number(field, text);
     } else if (field == "select") {
         if (text != "query" && text != "auto")
-            refuse(field, "'" + text + "'", "auto or query: tiles are for GPUs");
+            refuse(field, "'" + text + "'", "auto or query in llama.cpp: tiles are for GPUs");
     } else if (field != "check_finite" && field != "tile") {
         throw std::invalid_argument(
             "there is no field '" + field +

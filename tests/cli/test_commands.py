@@ -54,6 +54,9 @@ def test_info_tells_the_processor_and_the_kernels(sparsek: Sparsek) -> None:
     assert facts["processor"]["instruction set"] in facts["processor"]["SPARSEK_ISA can be"]
     assert facts["engines"]["transformers"] == "ready"
     assert facts["auto at 8192 tokens"]["K"].startswith("96")
+    assert facts["GPU"]["name"] == (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else "PyTorch finds no CUDA device"
+    )
     assert "reference" in sparsek("info")
 
 

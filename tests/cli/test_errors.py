@@ -73,7 +73,7 @@ README = str(Path(__file__).parents[2] / "README.md")
         (["info", "--context", "0"], "0 is not in the range"),
         pytest.param(
             ["bench-attention", "--device", "cuda", "--tokens", "8"],
-            "--device cuda: PyTorch finds no CUDA device",
+            f"device 'cuda': PyTorch {torch.__version__} finds no CUDA device",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
     ],

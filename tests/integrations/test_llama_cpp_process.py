@@ -133,7 +133,7 @@ def test_wrong_variable(model: Path, plain: str, variable: str, value: str, line
         ('{"window": [1]}', "not a JSON object of settings, at character 11: '[1]}'"),
         ('{"check_finite": "banana"}', "not a JSON object of settings"),
         ('{"top_k": [8, 0], "sinks": 0, "window": 0}', "keeps no key at all in a layer"),
-        ('{"select": "tile"}', "select = 'tile': must be auto or query: tiles are for GPUs"),
+        ('{"select": "tile"}', "select = 'tile': must be auto or query in llama.cpp: tiles are for GPUs"),
         ('{"tail": "cut"}', "tail = 'cut': must be none or centroid"),
     ],
 )

@@ -140,7 +140,7 @@ def command(
         import torch
 
         if not torch.cuda.is_available():
-            raise click.UsageError("--device cuda: PyTorch finds no CUDA device here")
+            raise click.UsageError(f"device 'cuda': PyTorch {torch.__version__} finds no CUDA device here")
     records = []
     with progress(
         "bench-attention", len(tokens) * len(configs) * repetitions * (1 + (baseline != "none"))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 from typing import Any
 
 import click
 
 from .. import __version__, _core
-from ..bench.environment import cpu_name, package_version
+from ..bench.environment import cpu_name, environment, package_version
 from ..config import SparseKConfig
 from ..engines.base import ENGINES
 from ..engines.model_file import embedded_model
@@ -61,6 +63,7 @@ def _facts(context: int) -> dict[str, dict[str, Any]]:
             "SPARSEK_ISA can be": ", ".join(_core.available_isas()),
             "threads": _core.num_threads(),
         },
+        "GPU": _gpu(),
         "packages": packages,
         "engines": {
             name: "ready" if package_version(package) else f"needs {package}: pip install 'sparsek[{name}]'"
@@ -69,6 +72,15 @@ def _facts(context: int) -> dict[str, dict[str, Any]]:
         "kernels, in the order auto tries them": dispatch.describe(),
         f"auto at {context} tokens": _advice(context),
     }
+
+
+def _gpu() -> dict[str, Any]:
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch")  # which the facts are asked of
+    found = environment()
+    if "gpu" not in found:
+        return {"name": "PyTorch finds no CUDA device"}
+    return {"name": found["gpu"], "memory, GiB": found["gpu_memory_gib"], "CUDA": found["cuda"]}
 
 
 def _embedded() -> str:

@@ -45,7 +45,7 @@ class TransformersEngine:
                 "the engine transformers cannot stretch positions: use the engine llama for that"
             )
         if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device 'cuda': PyTorch finds no CUDA device here")
+            raise ValueError(f"device 'cuda': PyTorch {torch.__version__} finds no CUDA device here")
         self.device = device
         self.generation_goes_on = device == "cuda"
         self.path = path = find_model(model)
