@@ -43,6 +43,7 @@ _FLOAT8: Final = (8, 9)
 _SLAB_BYTES: Final = 256 << 20
 _GROUP: Final = 16  # keys whose largest score stands for them where there are many
 _ALL_AT_ONCE: Final = 8192  # keys up to which no groups are made
+_ROWS: Final = 512  # of groups up to which 8 warps have enough registers
 _LONG: Final = 16384  # tokens from which on larger steps are faster
 _PAD: Final = 256
 _COLUMNS: Final = 128  # query rows of one product
@@ -324,14 +325,15 @@ class _Call:
         rule = self.p.rule
         end = min((self.first // rule.tile + start + tiles) * rule.tile, self.p.num_keys)
         groups = -(-end // _GROUP)
+        rows = max(16, power_of_2(rule.top_k if self.grouped else groups))
         self.kernels.choose[tiles, self.lanes](
             self.scores, self.groups, self.lists, self.counts, self.hits, self.tail, self.of_tiles,
             self.kv_heads, self.padded, self.first, start, self.tiles,
             T=rule.tile, SUBS=self.score_parts, WINDOW=self.window, SINKS=rule.sinks,
             SINK_SLOTS=power_of_2(rule.sinks), K=rule.top_k, SIZE=self.size, GROUP=_GROUP,
             GROUPS=max(32, power_of_2(groups)) if self.grouped else 0,
-            ROWS=max(16, power_of_2(rule.top_k if self.grouped else groups)),
-            WORDS=power_of_2(self.padded // 256), RANGES=self.masked, num_warps=8,
+            ROWS=rows, WORDS=power_of_2(self.padded // 256), RANGES=self.masked,
+            num_warps=16 if rows > _ROWS else 8,
         )  # fmt: skip
 
     def _attend(self, out: Array) -> None:
