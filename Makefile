@@ -101,9 +101,8 @@ bench: $(READY) ## measure the embedded model and record it in benchmarks/; want
 
 GPU := $(BIN)/sparsek bench-attention --device cuda --heads 32 --kv-heads 8 --head-dim 128 \
   --dtype bfloat16 -o jsonl
-# Lists of 384 and 1024, and 512 and 1024; not written into $(if), whose arguments end at commas.
-LISTS_8192 := -k auto,1024
-LISTS_32768 := -k 512,1024
+# Not written into $(if), whose arguments end at commas.
+LISTS := -k auto,1024
 QUALITY_GPU := $(BIN)/sparsek eval --device cuda --select tile -o jsonl --context
 bench-gpu: $(READY) ## measure speed and quality on a CUDA device and record them in benchmarks/; MODEL=... adds one
 	mkdir -p build
@@ -113,8 +112,9 @@ bench-gpu: $(READY) ## measure speed and quality on a CUDA device and record the
 	  $(GPU) --select tile --tokens 8192,32768,131072 --queries 1 --index --batch $$batch || exit 1; \
 	done >> build/attention-gpu.jsonl
 	$(QUALITY_GPU) 8192 > build/quality-gpu.jsonl
-	$(if $(MODEL),$(QUALITY_GPU) 8192 $(LISTS_8192) -m $(MODEL) >> build/quality-gpu.jsonl)
-	$(if $(MODEL),$(QUALITY_GPU) 32768 $(LISTS_32768) -m $(MODEL) >> build/quality-gpu.jsonl)
+	$(if $(MODEL),for n in 8192 16384 32768; do \
+	  $(QUALITY_GPU) $$n $(LISTS) -m $(MODEL) || exit 1; \
+	done >> build/quality-gpu.jsonl)
 	mv build/attention-gpu.jsonl build/quality-gpu.jsonl benchmarks/
 
 BIG := build/llama-8b-random-weights

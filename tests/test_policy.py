@@ -130,5 +130,6 @@ def test_on_a_gpu_lists_of_tiles_are_longer() -> None:
     assert fixed(SparseKConfig(), 8192, "cuda").top_k == 384
     assert fixed(SparseKConfig(), 8193, "cuda").top_k == 512
     assert fixed(SparseKConfig(), 16384, "cuda").top_k == 512
-    assert fixed(SparseKConfig(), 16385, "cuda").top_k == 1024
+    assert fixed(SparseKConfig(), 16385, "cuda").top_k == 768
+    assert fixed(SparseKConfig(), 32769, "cuda").top_k == 1024
     assert fixed(SparseKConfig(), 8192, "cpu").top_k == 96

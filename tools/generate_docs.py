@@ -169,7 +169,7 @@ def gpu() -> str:
     if not (RECORDS / "attention-gpu.jsonl").exists():
         return ""
     records = _records("attention-gpu.jsonl")
-    flex = {r["tokens"]: r for r in records if r["baseline"] == "flex"}
+    flex = {(r["tokens"], r["top_k"]): r for r in records if r["baseline"] == "flex"}
     prompts, steps = [], []
     for r in records:
         if r["baseline"] == "flex":
@@ -182,7 +182,8 @@ def gpu() -> str:
         ]
         checked = [f"{r['max_abs_err']:.1e}", f"{r['peak_mib'] / r['baseline_peak_mib']:.2f}"]
         if r["queries"] == r["tokens"]:
-            beside = f"{flex[r['tokens']]['ratio']:.2f}" if r["tokens"] in flex else "-"
+            same = flex.get((r["tokens"], r["top_k"]))
+            beside = f"{same['ratio']:.2f}" if same else "-"
             prompts.append([str(r["tokens"]), *measured, beside, *checked])
         else:
             steps.append([str(r["tokens"]), str(r["batch"]), *measured, f"{r['host_us']:.0f} µs", *checked])

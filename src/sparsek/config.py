@@ -28,8 +28,8 @@ class SparseKConfig:
 
     Args:
         top_k: keys kept per query by score, outside the always-kept ones; "auto" is about sqrt(context),
-            for the lists of tiles 384 up to 8192 tokens, 512 up to 16,384 and 1024 beyond; a tuple gives one
-            value per layer.
+            for the lists of tiles 384 up to 8192 tokens, 512 up to 16,384, 768 up to 32,768 and 1024 beyond;
+            a tuple gives one value per layer.
         sinks: allowed keys among the first `sinks` positions are always kept.
         window: the last `window` allowed positions up to the query's own are always kept.
         stride: positions that are multiples of `stride` are always kept; 0 keeps none.

@@ -12,7 +12,11 @@ from .config import SparseKConfig, Tail, TopK
 
 AUTO_STEP = 16
 AUTO_MIN = 32
-_AUTO_LISTS = ((8192, 384), (16384, 512))  # one list for a tile: up to so many tokens, so many keys
+_AUTO_LISTS = (
+    (8192, 384),
+    (16384, 512),
+    (32768, 768),
+)  # one list for a tile: up to so many tokens, so many keys
 _AUTO_LIST_BEYOND = 1024
 _LIST_PER_K = 6  # about as good as K for each query: docs/choosing-k.md
 _LONGEST_LIST = 2048  # that the GPU kernels take
