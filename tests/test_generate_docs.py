@@ -93,6 +93,7 @@ def test_a_whole_model_on_a_gpu_is_a_table_beside_them(tool: ModuleType, tmp_pat
         "stddev_ts": 1.3,
         "speedup": None,
         "samples_ns": [1, 2, 3],
+        "operations": {},
     }
     dense["environment"] = ENVIRONMENT | {"transformers_version": "5.17.0"}
     ours = dense | {"avg_ts": 48.6, "speedup": 3.0, "speedup_low": 2.8, "speedup_high": 3.1}

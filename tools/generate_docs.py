@@ -77,10 +77,11 @@ def llama() -> str:
         rows.setdefault(_test(r), {})[dense if r["top_k"] == 0 else f"beside {dense}"] = r
     cells = []
     for name, found in rows.items():
-        on, off = "flash attention on", "flash attention off"
-        cells.append(
-            [name, *(cell for side in (on, off) for cell in _beside(found[side], found[f"beside {side}"]))]
+        on, off = (
+            _beside(found[side], found[f"beside {side}"])
+            for side in ("flash attention on", "flash attention off")
         )
+        cells.append([name, *on, *off])
     titles = ["test", "flash attention on, t/s", "K = 64", "ratio", "off, t/s", "K = 64", "ratio"]
     first, machine = _records("speed-llama.jsonl")[0], _records("speed-llama.jsonl")[0]["environment"]
     return (
@@ -93,8 +94,9 @@ def llama() -> str:
 
 
 def _beside(dense: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Both speeds and their ratio. Only llama.cpp tells whether attention was sparse."""
     speeds = [f"{r['avg_ts']:.0f} ± {r['stddev_ts']:.0f}" for r in (dense, ours)]
-    if ours["operations"]["sparse"] == 0:
+    if ours["operations"].get("sparse") == 0:
         speeds[1] += " *dense*"
     return [*speeds, _spread(ours)]
 
@@ -203,8 +205,7 @@ def gpu() -> str:
         "Python calls every step, it is no faster than that.\n\n"
         f"{markdown_table(['keys', 'batch', *titles, 'host', *ends], steps)}\n\n"
         f"{first['heads']}/{first['kv_heads']} heads of {first['head_dim']}, {first['dtype']}, "
-        f"{machine['gpu']}, PyTorch {machine['torch_version']}, CUDA {machine['cuda']}, "
-        f"cuDNN {_cudnn(machine['cudnn'])}, Triton {machine['triton_version']}. Times: {timing}. Ratios: "
+        f"{machine['gpu']}, {_cuda(machine)}, Triton {machine['triton_version']}. Times: {timing}. Ratios: "
         "median of paired repetitions, and quartiles. Error: the largest of the output over sampled rows, "
         "against float64 over the same keys. Memory: the peak of one call, inputs included. "
         f"{_window(records)}\n\n{_gpu_model()}{_gpu_quality()}"
@@ -216,18 +217,16 @@ def _gpu_model() -> str:
     if not (RECORDS / "speed-gpu.jsonl").exists():
         return ""
     records = _records("speed-gpu.jsonl")
-    rows = [
-        [_test(dense), *(f"{r['avg_ts']:.0f} ± {r['stddev_ts']:.0f}" for r in (dense, ours)), _spread(ours)]
-        for dense, ours in zip(records[::2], records[1::2], strict=True)
-    ]
+    pairs = zip(records[::2], records[1::2], strict=True)
+    rows = [[_test(dense), *_beside(dense, ours)] for dense, ours in pairs]
     machine = records[0]["environment"]
     return (
         "A whole model, of the shape of Llama 3.1 8B with random weights, in unmodified Transformers: "
         '`attn_implementation="sdpa"` beside "sparsek" with its defaults (`make bench-gpu-model`).\n\n'
         f"{markdown_table(['test', 'dense, t/s', 'Sparse-K, t/s', 'ratio'], rows)}\n\n"
         f"One sequence, bfloat16, {machine['gpu']}, Transformers {machine['transformers_version']}, "
-        f"PyTorch {machine['torch_version']}, CUDA {machine['cuda']}, cuDNN {_cudnn(machine['cudnn'])}. "
-        f"Ratios: median of {len(records[0]['samples_ns'])} paired repetitions, and quartiles.\n\n"
+        f"{_cuda(machine)}. Ratios: median of {len(records[0]['samples_ns'])} paired repetitions, and "
+        "quartiles.\n\n"
     )
 
 
@@ -235,13 +234,12 @@ def _gpu_quality() -> str:
     """What the lists of tiles cost on real models."""
     rows = []
     for r in _records("quality-gpu.jsonl"):
-        keys = str(fixed(SparseKConfig.from_dict(r["config"]), r["context"], r["device"]).top_k)
         ratio, kl = with_error(r["ppl_ratio"], r["ppl_ratio_se"]), with_error(r["kl_mean"], r["kl_se"])
         rows.append(
             [
                 r["model"],
                 str(r["context"]),
-                keys,
+                _keys_of_a_list(r),
                 f"{r['kept_mean']:.0f}",
                 ratio,
                 kl,
@@ -258,12 +256,20 @@ def _gpu_quality() -> str:
     )
 
 
+def _keys_of_a_list(record: dict[str, Any]) -> str:
+    return str(fixed(SparseKConfig.from_dict(record["config"]), record["context"], record["device"]).top_k)
+
+
 TIMINGS = {"graph": "replayed CUDA graphs", "calls": "plain calls"}
 
 
-def _cudnn(version: int) -> str:
-    """91501 is 9.15.1."""
-    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+def _cuda(machine: dict[str, Any]) -> str:
+    """PyTorch and what it calls; 91501 is cuDNN 9.15.1."""
+    cudnn = machine["cudnn"]
+    return (
+        f"PyTorch {machine['torch_version']}, CUDA {machine['cuda']}, "
+        f"cuDNN {cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
+    )
 
 
 def study_kl() -> str:
@@ -303,9 +309,8 @@ def study_tiles() -> str:
         found = studied.get(r["model"], {}).get(r["context"], {})
         if not found:
             continue
-        keys = fixed(SparseKConfig.from_dict(r["config"]), r["context"], r["device"]).top_k
         same = _needed(found, r["kl_mean"])
-        rows.append([r["model"], str(keys), f"{r['kl_mean']:.4f}", same])
+        rows.append([r["model"], _keys_of_a_list(r), f"{r['kl_mean']:.4f}", same])
     return markdown_table(["model", "keys of a list", "KL", "K of each query with that KL"], rows)
 
 

@@ -12,12 +12,8 @@ from .config import SparseKConfig, Tail, TopK
 
 AUTO_STEP = 16
 AUTO_MIN = 32
-_AUTO_LISTS = (
-    (8192, 384),
-    (16384, 512),
-    (32768, 768),
-)  # one list for a tile: up to so many tokens, so many keys
-_AUTO_LIST_BEYOND = 1024
+# One list for a tile: up to so many tokens, so many keys.
+_AUTO_LISTS = ((8192, 384), (16384, 512), (32768, 768), (math.inf, 1024))
 _LIST_PER_K = 6  # about as good as K for each query: docs/choosing-k.md
 _LONGEST_LIST = 2048  # that the GPU kernels take
 _MAX_CONTEXT = 2**53  # what a float counts exactly
@@ -122,7 +118,7 @@ def auto_top_k(context_length: int) -> int:
 
 def auto_list(context_length: int) -> int:
     """Keys of the list of a tile."""
-    return next((keys for tokens, keys in _AUTO_LISTS if context_length <= tokens), _AUTO_LIST_BEYOND)
+    return next(keys for tokens, keys in _AUTO_LISTS if context_length <= tokens)
 
 
 @dataclass(frozen=True)

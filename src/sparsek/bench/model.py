@@ -104,11 +104,11 @@ def bench(
     tokens = take_tokens(engine, text, longest)
     for test in planned:
         calls = [_timed(engine, test, tokens, config) for config in configs]
-        checks = [_untimed(engine, call, config) for call, config in zip(calls, configs, strict=True)]
+        checks = _untimed(engine, calls, configs)
         samples = alternate(calls, repetitions, advance)
         if test.generated and engine.generation_goes_on:  # by now over more keys
-            after = [_untimed(engine, call, config) for call, config in zip(calls, configs, strict=True)]
-            checks = [a.joined(b) for a, b in zip(checks, after, strict=True)]
+            after = _untimed(engine, calls, configs)
+            checks = [first.joined(last) for first, last in zip(checks, after, strict=True)]
         dense = samples[configs.index(None)] if None in configs else None
         for config, check, seconds in zip(configs, checks, samples, strict=True):
             yield _record(engine, test, config, check, seconds, dense, threads)
@@ -129,7 +129,13 @@ class _Check:
         return _Check(Verification(self.verified.rows + later.verified.rows, worst), self.operations)
 
 
-def _untimed(engine: Engine, call: Callable[[], float], config: SparseKConfig | None) -> _Check:
+def _untimed(
+    engine: Engine, calls: Sequence[Callable[[], float]], configs: Sequence[SparseKConfig | None]
+) -> list[_Check]:
+    return [_checked(engine, call, config) for call, config in zip(calls, configs, strict=True)]
+
+
+def _checked(engine: Engine, call: Callable[[], float], config: SparseKConfig | None) -> _Check:
     """Make the call once, untimed, and verify some rows of some layers of it."""
     step = max(1, engine.num_layers // VERIFY_LAYERS)
     found: list[Verification] = []

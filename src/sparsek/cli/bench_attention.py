@@ -7,6 +7,7 @@ from typing import Any, Final
 import click
 
 from ..config import TopK
+from ..engines.base import check_device
 from ..kernels.dispatch import BACKENDS
 from ..report.tables import milliseconds
 from .options import (
@@ -136,11 +137,7 @@ def command(
         raise click.UsageError("--baseline flex needs --device cuda")
     dtype = dtype or _DTYPES[device]
     count = use_threads(threads)
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise click.UsageError(f"device 'cuda': PyTorch {torch.__version__} finds no CUDA device here")
+    check_device(device)
     records = []
     with progress(
         "bench-attention", len(tokens) * len(configs) * repetitions * (1 + (baseline != "none"))

@@ -44,6 +44,15 @@ def check_fits(tokens: int, context_length: int) -> None:
         raise ValueError(f"{tokens} tokens are more than the model's context of {context_length}")
 
 
+def check_device(device: str) -> None:
+    """Raises ValueError when `device` is "cuda" and PyTorch finds none."""
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError(f"device 'cuda': PyTorch {torch.__version__} finds no CUDA device here")
+
+
 class Engine(Protocol):
     """A loaded model. Everywhere `config` = None means the engine's own dense attention.
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from ..config import SparseKConfig
 from ..integrations import transformers as integration
 from ..problem import Problem
-from .base import Observer, Part
+from .base import Observer, Part, check_device
 from .gguf_header import read_header
 from .model_file import find_model
 from .tokenizer_check import keeps_words_whole
@@ -44,8 +44,7 @@ class TransformersEngine:
             raise ValueError(
                 "the engine transformers cannot stretch positions: use the engine llama for that"
             )
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device 'cuda': PyTorch {torch.__version__} finds no CUDA device here")
+        check_device(device)
         self.device = device
         self.generation_goes_on = device == "cuda"
         self.path = path = find_model(model)
