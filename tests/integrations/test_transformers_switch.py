@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
@@ -12,9 +13,14 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 from sparsek import SparseKConfig
 from sparsek.integrations import transformers as integration
 
+from .architectures import Architecture
 from .tiny_models import LAYERS, gpt_oss, llama, tokens
 
 CONFIG = SparseKConfig(top_k=3, sinks=1, window=2, dense_layers=(), min_context=0)
+
+
+def tiny(name: str) -> Any:
+    return Architecture(name, decodes=True).model()
 
 
 @torch.no_grad()
@@ -106,9 +112,62 @@ def test_attention_weights_are_refused() -> None:
 
 
 def test_attention_sinks_of_the_model_are_refused() -> None:
-    model = integration.enable(gpt_oss(), CONFIG)
-    with pytest.raises(NotImplementedError, match="GptOssAttention passes 's_aux'"):
-        logits(model)
+    with pytest.raises(
+        ValueError, match="GptOssAttention passes 's_aux', which sparsek attention does not know"
+    ):
+        integration.enable(gpt_oss(), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (gpt_oss, "GptOssAttention passes 's_aux'"),
+        (
+            lambda: tiny("NllbMoeForConditionalGeneration"),
+            "NllbMoeAttention is of models that are made for their",
+        ),
+    ],
+)
+def test_refused_models_that_were_loaded_with_our_name_say_so_at_the_first_call(
+    make: Any, message: str
+) -> None:
+    integration.register()
+    model = make()
+    model.set_attn_implementation(integration.NAME)
+    with pytest.raises(NotImplementedError, match=message):
+        model(tokens(1, 20))
+
+
+def test_wrapped_models_are_switched() -> None:
+    inner = llama()
+    adapted = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["q_proj", "v_proj"])).eval()
+    for wrapper in (adapted, torch.compile(inner), torch.nn.DataParallel(inner)):
+        dense = logits(inner)
+        with integration.enabled(wrapper, CONFIG) as same:
+            assert same is wrapper
+            assert integration.current_config(wrapper) == CONFIG
+            assert not torch.equal(logits(inner), dense)
+        assert integration.current_config(wrapper) is None
+        torch.testing.assert_close(logits(inner), dense)
+
+
+def test_prefix_tuning_keeps_its_prefix() -> None:
+    """The prefix comes as a cache that is filled already."""
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = peft.get_peft_model(llama(), config).eval()
+    with torch.no_grad():
+        dense = model(tokens(2, 30)).logits
+        with integration.enabled(model, SparseKConfig.pure(999)):
+            torch.testing.assert_close(model(tokens(2, 30)).logits, dense, rtol=1e-4, atol=1e-4)
+
+
+def test_what_holds_no_model_or_several_is_refused() -> None:
+    with pytest.raises(TypeError, match="model is a Linear: must be a Transformers model, or have one in it"):
+        integration.enable(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="model is a str"):
+        integration.enable("model")
+    with pytest.raises(TypeError, match="several Transformers models in the ModuleList"):
+        integration.enable(torch.nn.ModuleList([llama(), llama()]))
 
 
 def test_model_with_attention_of_its_own_is_refused() -> None:

@@ -9,9 +9,10 @@ saved and loaded with the model.
 
 `SparseKCache` (see transformers_cache.py) makes generation fast.
 
-The model's own mask (padding, packed sequences, sliding window, cache) is obeyed as it is. Two things the
-host leaves out are put right here: a StaticCache prefill hands over the whole cache without a mask, and
-packed sequences given by `position_ids` alone lose their mask as soon as a cache is used.
+Which models can be switched on is in transformers_models.py. Their own mask (padding, packed sequences,
+sliding window, cache) is obeyed as it is; without a mask rows and keys are aligned as in Transformers' SDPA,
+for a StaticCache prefill hands over the whole cache. One thing that the host leaves out is put right: packed
+sequences given by `position_ids` alone lose their mask as soon as a cache is used.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from functools import lru_cache, partial
 from typing import Any, Final, TypeVar
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from ..arrays import wants_gradient
@@ -34,6 +35,7 @@ from ..policy import on_gpu, resolve
 from ..problem import Problem, Ranges, make_problem
 from .once_per_pass import OncePerPass
 from .transformers_cache import SparseKCache, index_of
+from .transformers_models import made_for_itself, model_within, unknown_argument, why_not
 
 __all__ = [
     "NAME",
@@ -63,48 +65,50 @@ _ranges: OncePerPass[Ranges] = OncePerPass()
 def register() -> None:
     """Make `attn_implementation="sparsek"` known to Transformers. May be called again at any time."""
     AttentionInterface.register(NAME, sparsek_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, _mask)
 
 
 def enable(model: Model, config: SparseKConfig | None = None) -> Model:
-    """Switch a loaded model to Sparse-K. Returns the model.
+    """Switch a loaded model to Sparse-K: a Transformers model, or what PEFT, torch.compile and their like
+    made of one. Returns the model.
 
     Raises:
-        TypeError: `model` is no Transformers model or `config` no SparseKConfig.
-        ValueError: the model does not take its attention from Transformers' AttentionInterface, or `config`
-            has a value per layer and their number is not that of the model's layers.
+        TypeError: there is no Transformers model in `model`, or `config` is no SparseKConfig.
+        ValueError: the model's attention is more than Sparse-K knows of (see transformers_models.py), or
+            `config` has a value per layer and their number is not that of the model's layers.
     """
     register()
     config = SparseKConfig() if config is None else config
     if not isinstance(config, SparseKConfig):
         raise TypeError(f"config = {config!r}: must be a SparseKConfig")
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model is a {type(model).__name__}: must be a Transformers model")
+    _enable(model_within(model), config)
+    return model
+
+
+def _enable(model: Any, config: SparseKConfig) -> None:
+    reason = why_not(model)
+    if reason is not None:
+        raise ValueError(f"{reason}: Sparse-K cannot be switched on in it")
     text_config = model.config.get_text_config()
     if isinstance(config.top_k, tuple) and len(config.top_k) != text_config.num_hidden_layers:
         raise ValueError(
             f"top_k has {len(config.top_k)} values and the model {text_config.num_hidden_layers} layers: "
             "must be one value per layer"
         )
-    before = _implementations(model)
+    before, was_on = _implementations(model), _is_on(model)
     model.set_attn_implementation(NAME)
-    if text_config._attn_implementation != NAME:
-        raise ValueError(
-            f"{type(model).__name__} does not take its attention from Transformers' AttentionInterface: "
-            "Sparse-K cannot be switched on in it"
-        )
-    if before[""] != NAME:
+    if not was_on:
         model._attention_before_sparsek = before
     for part in _configs(model):
         setattr(part, _FIELD, config.to_json())
-    return model
 
 
 def disable(model: Model) -> Model:
     """Back to the attention the model had before `enable`. Does nothing where it was not on."""
-    if model.config._attn_implementation == NAME:
-        model.set_attn_implementation(getattr(model, "_attention_before_sparsek", "sdpa"))
-    for part in _configs(model):
+    within = model_within(model)
+    if _is_on(within):
+        within.set_attn_implementation(getattr(within, "_attention_before_sparsek", "sdpa"))
+    for part in _configs(within):
         part.__dict__.pop(_FIELD, None)
     return model
 
@@ -125,9 +129,8 @@ def enabled(model: Model, config: SparseKConfig | None = None) -> Iterator[Model
 
 def current_config(model: Any) -> SparseKConfig | None:
     """The configuration that is on in a model, or None."""
-    if model.config._attn_implementation != NAME:
-        return None
-    return _parse(_stored(model.config))
+    within = model_within(model)
+    return _parse(_stored(within.config)) if _is_on(within) else None
 
 
 @contextlib.contextmanager
@@ -168,11 +171,12 @@ def sparsek_attention(
     num_queries = query.shape[2]
     causal = attention_mask is None and num_queries > 1
     causal = causal and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if causal and key.shape[2] != num_queries:
+    if causal and key.shape[2] > num_queries and not _has_rows_cut(module):
         # Without a mask this is the prefill of an empty StaticCache: the rest of the cache is not filled yet.
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
-    # Only a causal call without a mask can have lost its packing.
-    positions = position_ids if causal and position_ids is not None and position_ids.ndim == 2 else None
+    # Only a causal call without a mask can have lost its packing; positions are then those of the keys.
+    packed = causal and position_ids is not None and position_ids.shape[1:] == key.shape[2:3]
+    positions = position_ids if packed else None
     config, layer = _stored(getattr(module, "config", None)), getattr(module, "layer_idx", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rest = causal, scale, softcap, sliding_window, config, layer
@@ -266,7 +270,10 @@ def _attend(
         context=sliding_window,
         index=index,
     )
+    if is_causal and problem.first_position < 0:
+        problem = replace(problem, first_position=0)  # more rows than keys: SDPA aligns the first of both
     if starts is not None:
+        starts = starts[:, -problem.num_queries :]
         problem = replace(problem, starts=starts.expand(q.shape[0], -1).contiguous())
     if given is not None and problem.rule.tile and not break_even.dense_by_size(problem):
         problem = problem.with_ranges(_ranges.get(given, layer, lambda: problem.ranges))
@@ -297,20 +304,48 @@ def _no_gradient(*_: Any) -> Any:
 _attention_op.register_autograd(_no_gradient)
 
 
+def _mask(*args: Any, config: Any = None, **kwargs: Any) -> torch.Tensor | None:
+    """Transformers' mask for SDPA: bool [B, 1, Tq, Tk], or None where it is plainly causal."""
+    if getattr(config, "num_kv_shared_layers", 0) and _is_part_filled(*args, **kwargs):
+        kwargs["allow_is_causal_skip"] = False  # some rows may be cut away later: see _has_rows_cut
+    mask: torch.Tensor | None = sdpa_mask(*args, config=config, **kwargs)
+    return mask
+
+
+def _is_part_filled(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, **_: Any) -> bool:  # noqa: ARG001
+    """Whether this is the prefill of a StaticCache, with room behind the last token."""
+    return bool(kv_length > q_offset + q_length)
+
+
+def _has_rows_cut(module: torch.nn.Module) -> bool:
+    """Whether without a mask the rows are the last positions of the keys. In layers that read the keys of
+    earlier ones (Gemma 3n and 4) only those rows may be left whose logits are wanted."""
+    return bool(getattr(module, "is_kv_shared_layer", False))
+
+
 def _sequence_starts(positions: torch.Tensor) -> torch.Tensor | None:
-    """The first index of each token's own sequence, int32 [B, T], from positions [B, T] that restart; None
-    for one sequence. A gap upwards is no new sequence."""
-    restarts = positions.diff(dim=-1) <= 0
-    if not bool(restarts.any()):
+    """The first index of each token's own sequence, int32 [B, T], from positions [B, T]; None for one.
+
+    A sequence begins where positions fall back to 0. In rows that have such places and never repeat another
+    position, a 0 after a 0 is a sequence of one token; where positions come in groups, it belongs to a group.
+    Other steps are no new sequence.
+    """
+    step, zero = positions.diff(dim=-1), positions[:, 1:] == 0
+    begins = zero & (step < 0)
+    if not bool(begins.any()):
         return None
+    grouped = ((step == 0) & ~zero).any(-1, keepdim=True)
+    begins = begins | (zero & ~grouped & begins.any(-1, keepdim=True))
     index = torch.arange(1, positions.shape[1], dtype=torch.int32, device=positions.device)
-    starts = torch.where(restarts, index, 0).cummax(-1).values
+    starts = torch.where(begins, index, 0).cummax(-1).values
     return torch.nn.functional.pad(starts, (1, 0))
 
 
 def _refuse_unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if module.training or dropout:
         raise NotImplementedError("sparsek attention does not support training: call model.eval() first")
+    if not torch.compiler.is_compiling():
+        _refuse_class(type(module))
     if kwargs.get("output_attentions"):
         raise NotImplementedError(
             'sparsek attention has no attention weights to return: use attn_implementation="eager" for '
@@ -322,6 +357,20 @@ def _refuse_unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[st
                 f"{type(module).__name__} passes {name!r}, which sparsek attention does not support: "
                 'use attn_implementation="eager" for this model'
             )
+
+
+def _refuse_class(module_class: type) -> None:
+    """For models that were loaded with our name for their attention; `enable` has looked at this already."""
+    reason = unknown_argument(module_class)
+    if reason is None and made_for_itself(module_class):
+        reason = f"{module_class.__name__} is of models that are made for their own attention alone"
+    if reason is not None:
+        raise NotImplementedError(f'{reason}: use attn_implementation="eager" for this model')
+
+
+def _is_on(model: Any) -> bool:
+    """Whether Sparse-K is on in a part of the model; what is around it may not ask for attention by name."""
+    return any(config._attn_implementation == NAME for config in _configs(model))
 
 
 def _implementations(model: Any) -> dict[str, str]:

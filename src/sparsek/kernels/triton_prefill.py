@@ -87,7 +87,7 @@ def _why_not_so(p: Problem) -> str | None:
         f"the head size is more than {_HEAD_SIZE}": max(p.q.shape[3], values.shape[3]) > _HEAD_SIZE,
         f"a key head has more than {_GROUP_HEADS} heads": p.q.shape[1] // p.k.shape[1] > _GROUP_HEADS,
         f"there are more than {_MAX_TOKENS} tokens": p.num_keys > _MAX_TOKENS,
-        "there are more queries than keys": p.first_position < 0,
+        "there are more queries than keys": not 0 <= p.first_position <= p.num_keys - p.num_queries,
         "there is nothing to compute": 0 in p.q.shape or 0 in values.shape,
         "a gradient is wanted": wants_gradient(p.q, p.k, p.v, p.mask),
     }
