@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 CPP := $(shell find cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo test test-gpu test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu bench-gpu-model study docs clean
+.PHONY: help setup demo test test-gpu test-architectures test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu bench-gpu-model study docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,9 @@ test: $(READY) ## C++ and Python tests
 test-gpu: $(READY) ## the GPU kernels and their timing on the card; elsewhere in Triton's interpreter
 	$(BIN)/pytest tests/kernels/test_triton_*.py tests/kernels/test_*_gpu.py tests/kernels/test_break_even.py tests/bench \
 	  tests/integrations/test_transformers_gpu.py
+
+test-architectures: $(READY) ## every architecture of Transformers, beside its own attention (a minute)
+	$(BIN)/pytest tests/integrations/test_architectures.py --all-architectures -rs
 
 test-sanitize: $(READY) ## C++ tests under the address, undefined-behaviour and thread sanitizers
 	$(CMAKE) -S . -B build/asan -DSPARSEK_BUILD_TESTS=ON -DSPARSEK_SANITIZE=address,undefined
