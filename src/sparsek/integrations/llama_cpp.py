@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from ctypes import c_char, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ Observer = Callable[[int, Problem, Any], None]
 _FORMATS: Final = {0: np.float32, 1: np.float16, 30: np.uint16}  # bfloat16 as its bits
 _BFLOAT16: Final = 30
 _Q8_0: Final = 8
+_WHERE: Final = re.compile(r"^(?:\w+: |error loading model: )+")  # functions of the host
 
 
 class Tensor(ctypes.Structure):
@@ -80,7 +83,7 @@ def load_backend(host: ctypes.CDLL) -> None:
     path = backend_path()
     host.ggml_backend_load.restype = ctypes.c_void_p
     host.ggml_backend_load.argtypes = [ctypes.c_char_p]
-    if not host.ggml_backend_load(str(path).encode()):
+    if not host.ggml_backend_load(os.fsencode(path)):
         raise ImportError("llama.cpp did not load the Sparse-K backend: the line above says why")
 
 
@@ -103,16 +106,32 @@ def _json(config: SparseKConfig | None) -> bytes:
     return b'{"top_k": 0}' if config is None else config.to_json().encode()
 
 
-def keep_log(set_log: Callable[[Any, None], Any]) -> None:
-    """Silence the host's log, but for `last_error`. `set_log`: the host's llama_log_set."""
-    set_log(ctypes.cast(_library().sparsek_log, ctypes.c_void_p), None)
+def keep_log(set_log: Callable[[Any, Any], Any], *, show: bool = False) -> None:
+    """Keep the errors in the host's log for `take_errors`; `show` writes all of it to stderr, which is silent
+    otherwise. `set_log`: the host's llama_log_set."""
+    set_log(ctypes.cast(_library().sparsek_log, c_void_p), c_void_p(1) if show else None)
 
 
-def last_error() -> str:
-    """The last error in the host's log, after `keep_log`."""
+def take_errors() -> str:
+    """The errors in the host's log since the last call, after `keep_log`; one a line."""
     library = _library()
-    library.sparsek_last_error.restype = ctypes.c_char_p
-    return str(library.sparsek_last_error().decode(errors="replace").strip()) or "no reason given"
+    library.sparsek_take_errors.restype = ctypes.c_char_p
+    return str(library.sparsek_take_errors().decode(errors="replace"))
+
+
+def cause() -> str:
+    """Why the host failed, in its own words: the first error since `take_errors`, which those after it only
+    pass on."""
+    lines = [line.strip() for line in take_errors().splitlines()]
+    first = next((line for line in lines if line), "no reason given")
+    return _WHERE.sub("", first)
+
+
+def attention_counter(count: c_int64) -> tuple[c_void_p, c_void_p]:
+    """For the host's `cb_eval` and `cb_eval_user_data`: counts a context's attention operations in `count`,
+    which must live as long."""
+    callback, data = _library().sparsek_count_attention, ctypes.pointer(count)
+    return ctypes.cast(callback, c_void_p), ctypes.cast(data, c_void_p)
 
 
 def num_threads() -> int:
