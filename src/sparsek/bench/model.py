@@ -9,9 +9,10 @@ from typing import Any
 
 from .. import _core
 from ..config import SparseKConfig, budget_name
-from ..engines.base import Engine, check_fits
+from ..engines.base import Engine, attending_layers, check_fits, no_attention
 from ..problem import Problem
 from ..verify import Verification, VerificationError, verify
+from .counts import top_k_used
 from .environment import environment
 from .text import take_tokens
 from .timing import alternate, ratio
@@ -25,8 +26,8 @@ class BenchRecord:
     """One row: a test with one configuration. Speeds in tokens per second, samples in nanoseconds.
 
     `top_k` 0 is the engine's own dense attention, which `backend` names; `speedup` is over it, the median of
-    paired repetitions, with its quartiles. `verified_rows` attention rows were compared with the float64
-    reference, per head.
+    paired repetitions, with its quartiles; None where Sparse-K computes no attention of the model.
+    `verified_rows` attention rows were compared with the float64 reference, per head.
     `operations`: the attention operations of one repetition, by who computed them. `n_depth`: tokens before
     the first generated one; on a GPU repetitions go on where the one before ended, after an untimed one.
     """
@@ -53,6 +54,7 @@ class BenchRecord:
     operations: dict[str, int]
     environment: dict[str, Any]
     device: str = "cpu"
+    top_k_used: int | list[int] | None = None  # K in numbers: what "auto" meant
 
     @property
     def test(self) -> str:
@@ -102,21 +104,31 @@ def bench(
         check_fits(test.prompt + test.depth + test.generated * calls_of_a_test, engine.context_length)
     longest = max(test.prompt + test.depth for test in planned)
     tokens = take_tokens(engine, text, longest)
+    layers = attending_layers(engine) if any(configs) else []
     for test in planned:
         calls = [_timed(engine, test, tokens, config) for config in configs]
-        checks = _untimed(engine, calls, configs)
+        checks = _untimed(engine, calls, configs, layers)
         samples = alternate(calls, repetitions, advance)
         if test.generated and engine.generation_goes_on:  # by now over more keys
-            after = _untimed(engine, calls, configs)
+            after = _untimed(engine, calls, configs, layers)
             checks = [first.joined(last) for first, last in zip(checks, after, strict=True)]
         dense = samples[configs.index(None)] if None in configs else None
         for config, check, seconds in zip(configs, checks, samples, strict=True):
             yield _record(engine, test, config, check, seconds, dense, threads)
 
 
+def why_no_ratio(records: Sequence[BenchRecord]) -> str | None:
+    """Why a row with a K has no ratio, where dense ones were measured."""
+    for record in records:
+        if record.config is not None and record.baseline_avg_ts is not None and record.speedup is None:
+            return f"no ratio, for {no_attention(record.model)}"
+    return None
+
+
 @dataclass(frozen=True)
 class _Check:
-    """What an untimed call of a test showed. `verified`: None for dense attention, the host's own."""
+    """What an untimed call of a test showed. `verified`: None where all attention is the host's, in dense rows
+    and in a model whose attention is none of ours."""
 
     verified: Verification | None
     operations: dict[str, int]
@@ -130,24 +142,29 @@ class _Check:
 
 
 def _untimed(
-    engine: Engine, calls: Sequence[Callable[[], float]], configs: Sequence[SparseKConfig | None]
+    engine: Engine,
+    calls: Sequence[Callable[[], float]],
+    configs: Sequence[SparseKConfig | None],
+    layers: Sequence[int],
 ) -> list[_Check]:
-    return [_checked(engine, call, config) for call, config in zip(calls, configs, strict=True)]
+    return [_checked(engine, call, config, layers) for call, config in zip(calls, configs, strict=True)]
 
 
-def _checked(engine: Engine, call: Callable[[], float], config: SparseKConfig | None) -> _Check:
-    """Make the call once, untimed, and verify some rows of some layers of it."""
-    step = max(1, engine.num_layers // VERIFY_LAYERS)
+def _checked(
+    engine: Engine, call: Callable[[], float], config: SparseKConfig | None, layers: Sequence[int]
+) -> _Check:
+    """Make the call once, untimed, and verify some rows of some of the layers that attend."""
+    step = max(1, len(layers) // VERIFY_LAYERS)
     found: list[Verification] = []
 
     def check(_layer: int, problem: Problem, out: Any) -> None:
         found.append(verify(problem, out, rows=max(8, problem.num_queries // VERIFY_ONE_IN)))
 
     before = engine.operations()
-    with engine.observed(check, range(step - 1, engine.num_layers, step)):
+    with engine.observed(check, layers[step - 1 :: step]):
         call()
     operations = {name: count - before[name] for name, count in engine.operations().items()}
-    if config is None:
+    if config is None or not layers:
         return _Check(None, operations)
     ours = operations.get("sparse", 1) + operations.get("dense", 0)
     if not found and ours:
@@ -200,4 +217,5 @@ def _record(
         operations=check.operations,
         environment=environment(),
         device=engine.device,
+        top_k_used=top_k_used(config, test.prompt + test.depth + test.generated, engine.device),
     )

@@ -10,9 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from ..config import SparseKConfig
+from ..config import KEEP_ALL, SparseKConfig
 from ..problem import Problem
 
+_SHORT_PROMPT: Final = 16  # tokens; of fewer, llama.cpp may compute attention itself
 # observer(layer, problem, output): called after every Sparse-K attention.
 Observer = Callable[[int, Problem, Any], None]
 
@@ -80,7 +81,9 @@ class Engine(Protocol):
     model_config: SparseKConfig | None
     generation_goes_on: bool
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text that may go on: a model's end token is not put behind it. Raises ValueError where
+        the engine cannot take all of it."""
 
     def encode_chat(self, text: str) -> list[int]:
         """`text` as a user's message in the model's chat format; plain where it has none."""
@@ -112,6 +115,21 @@ class Engine(Protocol):
     def operations(self) -> dict[str, int]:
         """Attention operations so far, by who computed them: "sparse" and "dense" are ours, "host" the
         engine's own. Empty where an engine does not count."""
+
+
+def attending_layers(engine: Engine) -> list[int]:
+    """The layers whose attention Sparse-K can compute: not all in a hybrid model, and none where a model has
+    no attention or the engine keeps it to itself. Costs a short prompt."""
+    found: set[int] = set()
+    with engine.observed(lambda layer, _problem, _out: found.add(layer)):
+        for _ in engine.prompt(engine.encode("The")[-1:] * _SHORT_PROMPT, KEEP_ALL):
+            pass
+    return sorted(found)
+
+
+def no_attention(model: str) -> str:
+    """What to say of a model without `attending_layers`."""
+    return f"{model} has no attention that Sparse-K could compute: K changes nothing"
 
 
 def default_engine(model: str | None) -> str:

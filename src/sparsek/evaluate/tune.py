@@ -25,7 +25,7 @@ from ..bench.counts import scores_used
 from ..bench.environment import environment
 from ..bench.timing import alternate, ratio
 from ..config import SparseKConfig, Tail, TopK
-from ..engines.base import Engine, Part
+from ..engines.base import Engine, Part, attending_layers, no_attention
 from .journal import Journal
 from .quality import EvalRecord, Windows, compare, evaluate, standard_error
 from .sensitivity import DroppedMass, dropped_mass
@@ -132,8 +132,8 @@ class Tuner:
         """Find the answer.
 
         Raises:
-            ValueError: the text is too short; the context is below `form.min_context`; or no configuration
-                meets the target, with the best that was found.
+            ValueError: the text is too short; the context is below `form.min_context`; the model has no
+                attention; or no configuration meets the target, with the best that was found.
         """
         if self.windows.context < _LEAST_CONTEXT:
             raise ValueError(
@@ -145,6 +145,8 @@ class Tuner:
                 f"context = {self.windows.context}: attention is dense below min_context = "
                 f"{self.form.min_context}, take a longer --context or a smaller --min-context"
             )
+        if not attending_layers(self.engine):
+            raise ValueError(f"nothing to tune, for {no_attention(self.engine.model)}")
         if self.target.min_speedup is not None:
             least = replace(self.form, top_k=BUDGETS[1], sinks=1, window=8, dense_layers=())
             self._must_be_met(self._measure("least", least))
