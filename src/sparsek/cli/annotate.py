@@ -33,8 +33,8 @@ def command(
     The commands that load the copy then use its setting, unless options say otherwise. What is not given here
     takes its default, also where IN.gguf has a setting. The tensors and all other metadata stay as they are.
 
-    Of a model in shards, IN.gguf is the first, as in NAME-00001-of-00003.gguf. The copy is one file; or as many
-    shards, where OUT.gguf is named as the first of so many.
+    Of a model in shards, IN.gguf is the first, as in NAME-00001-of-00003.gguf. The copy is one file; or as
+    many shards, where OUT.gguf is named as the first of so many.
 
     \b
     Examples:

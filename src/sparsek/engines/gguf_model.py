@@ -65,6 +65,17 @@ def read_model(file: Path) -> GgufModel:
     return GgufModel(files, headers)
 
 
+def read_one_file(file: Path) -> GgufModel:
+    """As `read_model`, for an engine that cannot read shards. Raises ValueError for these too."""
+    model = read_model(file)
+    if len(model.files) > 1:
+        raise ValueError(
+            "Transformers does not read a GGUF model in shards, take the engine llama, or one file, which "
+            f"sparsek annotate makes of the {len(model.files)}: {file}"
+        )
+    return model
+
+
 def shard_name(file: Path) -> tuple[str, int, int] | None:
     """From a shard's name: what it begins with, which one it is, counted from 0, and the number of shards;
     None where it is no shard's."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +18,10 @@ from typing import Any, Final, NoReturn
 
 from ..config import SparseKConfig
 from ..integrations import llama_cpp as integration
-from . import llama_api as api
+from . import gguf_model
 from .base import check_fits
-from .gguf_header import read_header
+from .gguf_model import GgufModel, shard_path
+from .llama_model import LlamaModel
 from .model_file import find_model
 
 _logger = logging.getLogger(__name__)
@@ -28,9 +32,9 @@ _ENDING: Final = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class ServableModel:
-    """A GGUF file: its layers, the most tokens it was made for, and the configuration it carries, or None."""
+    """A model's files, its layers, the most tokens it takes, and the configuration it carries, or None."""
 
-    path: Path
+    files: GgufModel
     num_layers: int
     context_length: int
     config: SparseKConfig | None
@@ -44,7 +48,7 @@ class ServableModel:
 
 
 def read_model(model: str | None) -> ServableModel:
-    """Look at a model without loading it; the embedded one when `model` is None.
+    """Look at a model's metadata; the embedded one when `model` is None.
 
     Raises:
         FileNotFoundError, ValueError: as `find_model`. ImportError: xllamacpp is not installed.
@@ -54,12 +58,11 @@ def read_model(model: str | None) -> ServableModel:
     path = find_model(model)
     if not path.is_file():
         raise ValueError(f"the server needs a GGUF file: {path}")
-    metadata = read_header(path).metadata
-    architecture = metadata["general.architecture"]
-    length, layers = (metadata.get(f"{architecture}.{name}") for name in ("context_length", "block_count"))
+    files = gguf_model.read_model(path)
+    length, layers = (files.of_model(name) for name in ("context_length", "block_count"))
     if not length or not layers:
         raise ValueError(f"the GGUF file does not say how long a context its model takes: {path}")
-    return ServableModel(path, int(layers), int(length), SparseKConfig.from_gguf_metadata(metadata))
+    return ServableModel(files, int(layers), int(length), SparseKConfig.from_gguf_metadata(files.metadata))
 
 
 def start(
@@ -81,20 +84,23 @@ def start(
         parallel: requests answered at the same time; the others wait.
 
     Raises:
-        OSError: the address cannot be listened on.
-        ImportError: xllamacpp does not take the backend. ValueError: llama.cpp cannot load the model.
+        OSError: the address cannot be listened on. ImportError: xllamacpp does not take the backend.
+        ValueError: llama.cpp cannot load the model, or it does not continue texts.
     """
     import xllamacpp
 
     _check_address(host, port)
-    _load_backend(config)
-    params = _params(model.path, host, port, context * parallel, parallel, threads)
+    LlamaModel(model.files, weights=False)  # what is wrong with it the server would say in many lines, or not
+    integration.configure(config)
+    params = _params(host, port, context * parallel, parallel, threads)
+    params.model_alias = {model.files.name}  # the name in answers; it would be the whole path
     for number in _ENDING:
         signal.signal(number, signal.SIG_DFL)  # Python's own handler would wait for the load
-    try:
-        return xllamacpp.Server(params)
-    except RuntimeError:
-        raise ValueError(f"llama.cpp cannot serve {model.path}: the lines above say why") from None
+    with _path_in_utf8(model.files) as params.model.path:
+        try:
+            return xllamacpp.Server(params)
+        except RuntimeError:
+            raise ValueError(f"llama.cpp cannot serve {model.files.path}: the lines above say why") from None
 
 
 def serve_until_signal() -> NoReturn:
@@ -130,20 +136,24 @@ def _check_address(host: str, port: int) -> None:
         raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
 
 
-def _load_backend(config: SparseKConfig | None) -> None:
-    library = api.library()
-    if not _is_verbose():
-        integration.keep_log(library.llama_log_set)  # until the server sets its own
-    integration.load_backend(library)
-    integration.configure(config)
+@contextlib.contextmanager
+def _path_in_utf8(files: GgufModel) -> Iterator[str]:
+    """The model's path as xllamacpp takes it, which makes UTF-8 of it: while it loads, links with other names
+    where the bytes of the name are not that."""
+    try:
+        yield os.fsencode(files.path).decode()
+    except UnicodeDecodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            links = [shard_path(Path(folder), "model", i, len(files.files)) for i in range(len(files.files))]
+            for link, file in zip(links, files.files, strict=True):
+                link.symlink_to(file.absolute())
+            yield str(links[0])
 
 
-def _params(path: Path, host: str, port: int, tokens: int, parallel: int, threads: int | None) -> Any:
+def _params(host: str, port: int, tokens: int, parallel: int, threads: int | None) -> Any:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.model_alias = {path.stem}  # the name in answers; it would be the whole path
     params.hostnames, params.port = [host], port
     params.n_ctx, params.n_parallel = tokens, parallel
     params.fit_params = False  # it would make the context shorter without a word
