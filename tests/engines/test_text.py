@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsek.engines.text import check_text, decode_text, read_text_file, shown_name
+from sparsek.engines.text import check_text, decode_text, option_text, read_text_file, shown_name
 
 
 def test_text_that_is_taken_whole() -> None:
@@ -27,6 +27,13 @@ def test_text_that_is_taken_whole() -> None:
 def test_text_that_would_be_cut(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_text(text, "-p")
+
+
+def test_text_of_an_option_is_put_together_in_a_c_locale() -> None:
+    assert option_text("caf\udcc3\udca9\r\nau lait", "-p") == "café\nau lait"
+    for text, message in (("\udcc3", "'.udcc3' at "), ("\ud800", "'.ud800'"), ("é\0", "r 1")):
+        with pytest.raises(ValueError, match=rf"^-p .*{message}"):
+            option_text(text, "-p")
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_committed_records_are_read() -> None:
     [
         ("", "there is no record in it"),
         ("[]", "there is no record in it"),
-        (b"\xff\xfe", "not even UTF-8"),
+        (b"\xff\xfe", "not a UTF-8 text"),
         ('{"a": 1', "neither JSON nor JSONL, line 1"),
         ("[" * 100_000, "nested too deeply"),
         ("3\n4", "record 1: neither of bench nor of eval nor of tune; it holds 3"),

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
+
+from ..engines.text import read_text_file, shown_name
 
 DEFAULT_NAME = "pydoc_data.topics"
 
 
 def read_text(path: str | None) -> tuple[str, str]:
-    """(name, text) of a UTF-8 file, of standard input for "-"; of Python's own manual without one.
+    """(name, text) of the file given with --text, or of standard input for "-"; without one, of Python's own
+    manual.
 
     Raises:
-        OSError: the file cannot be read. ValueError: it is empty or not UTF-8.
+        OSError: the file cannot be read. ValueError: it is no text, or empty.
     """
     if path is None:
         from pydoc_data.topics import topics
 
         return DEFAULT_NAME, "\n".join(topics.values())
-    if path == "-" and sys.stdin is None:
-        raise ValueError("--text - reads standard input, and there is none")
-    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    name = "standard input" if path == "-" else Path(path).name
-    try:
-        text = data.decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not a UTF-8 text ({error.reason} at byte {error.start}): {path}") from None
-    if "\0" in text:
-        raise ValueError(f"not a text, there are null bytes in it: {path}")
+    text = read_text_file(path, "--text")
     if not text.strip():
         raise ValueError(f"the text is empty: {path}")
-    return name, text
+    return "standard input" if path == "-" else shown_name(Path(path).name), text
 
 
 def take_tokens(engine: Any, text: str, count: int) -> list[int]:

@@ -14,8 +14,9 @@ from .. import _core
 from ..config import SparseKConfig, TopK, parse_layers
 from ..engines import base
 from ..engines.base import ENGINES, Engine
+from ..engines.text import decode_text
 from ..kernels.break_even import prompt_is_dense
-from .output import status
+from .progress import status
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -154,8 +155,9 @@ def make_config(
     """
     config = carried or SparseKConfig()
     if config_file is not None:
+        text = decode_text(Path(config_file).read_bytes(), f"--config {config_file}")
         try:
-            config = SparseKConfig.from_json(Path(config_file).read_text(encoding="utf-8"))
+            config = SparseKConfig.from_json(text)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{config_file}: {error}") from None
     if pure:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import click
 
 from ..config import TopK
+from ..engines.text import option_text, read_text_file
 from .options import Budgets, common_options, load, make_configs, model_options, rule_options
-from .output import status
+from .progress import status
 
 
 @click.command("run")
@@ -98,25 +97,13 @@ def command(
 
 def _prompt(prompt: str | None, file: str | None) -> str:
     """File and prompt in one text, the file first."""
-    parts = [] if file is None else [_read(file)]
+    parts = [] if file is None else [read_text_file(file, "-f")]
     if prompt is not None:
-        parts.append(prompt)
+        parts.append(option_text(prompt, "-p"))
     text = "\n\n".join(parts)
     if not text.strip():
         raise click.UsageError("the prompt is empty: pass -p TEXT or -f FILE")
-    if not text.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in text):
-        raise click.UsageError("the prompt is not a UTF-8 text")
     return text
-
-
-def _read(file: str) -> str:
-    if file == "-" and sys.stdin is None:
-        raise click.UsageError("-f -: there is no standard input")
-    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"not a UTF-8 text ({error.reason} at byte {error.start}): {file}") from None
 
 
 def _attention(config: Any, prompt_tokens: int) -> str:

@@ -4,6 +4,7 @@ files and engines; a name can always be shown, whatever its bytes are."""
 from __future__ import annotations
 
 import codecs
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -31,6 +32,18 @@ def check_text(text: str, where: str = "the text") -> str:
     raise ValueError(f"{where} is not UTF-8 text: {found[0]!r} at character {found.start()}")
 
 
+def option_text(text: str, option: str) -> str:
+    """The text given with `option` on the command line, checked. In a C locale Python takes it for ASCII and
+    hands over other bytes one by one: here they are put together again.
+
+    Raises:
+        ValueError: as `check_text`.
+    """
+    with contextlib.suppress(UnicodeEncodeError):
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    return _unix_lines(check_text(text, option))
+
+
 def decode_text(data: bytes, where: str) -> str:
     """The bytes of a file as text: UTF-8, without a byte order mark, with line ends of one character.
 
@@ -43,7 +56,7 @@ def decode_text(data: bytes, where: str) -> str:
         raise ValueError(f"{where} is not a UTF-8 text ({error.reason} at byte {error.start})") from None
     if "\0" in text:
         raise ValueError(f"{where} has a zero byte (U+0000), at byte {data.index(0)}: take it out")
-    return text.removeprefix(codecs.BOM_UTF8.decode()).replace("\r\n", "\n")
+    return _unix_lines(text.removeprefix(codecs.BOM_UTF8.decode()))
 
 
 def read_text_file(path: str, option: str) -> str:
@@ -61,6 +74,10 @@ def read_text_file(path: str, option: str) -> str:
     except OSError as error:
         raise OSError(error.errno, error.strerror, "standard input") from None
     return decode_text(data, "standard input")
+
+
+def _unix_lines(text: str) -> str:
+    return text.replace("\r\n", "\n")
 
 
 def shown_name(name: str) -> str:

@@ -18,8 +18,9 @@ from ..config import SparseKConfig
 from ..integrations import transformers as integration
 from ..problem import Problem
 from .base import Observer, Part, check_device
-from .gguf_header import read_header
+from .gguf_model import read_one_file
 from .model_file import find_model
+from .text import check_text
 from .tokenizer_check import keeps_words_whole
 
 _LOGIT_ROWS: Final = 256  # rows of [rows, vocabulary] held at once
@@ -57,7 +58,7 @@ class TransformersEngine:
         self._bos: int | None = None
         if path.is_file():
             source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-            metadata = read_header(path).metadata
+            metadata = read_one_file(path).metadata
             self.model_config = SparseKConfig.from_gguf_metadata(metadata)
             self._bos = _bos(metadata)
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -94,12 +95,12 @@ class TransformersEngine:
         self.dense = str(config._attn_implementation)
 
     def encode(self, text: str) -> list[int]:
-        return self._begun(list(self._tokenizer(text)["input_ids"]))
+        return self._begun(list(self._tokenizer(check_text(text))["input_ids"]))
 
     def encode_chat(self, text: str) -> list[int]:
         if not self._tokenizer.chat_template:
             return self.encode(text)
-        chat = [{"role": "user", "content": text}]
+        chat = [{"role": "user", "content": check_text(text)}]
         try:
             encoded = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
         except Exception as error:  # a program that came with the model

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..config import SparseKConfig
+from ..engines.text import decode_text
 from .words import shown_all
 
 Record = dict[str, Any]
@@ -70,7 +71,11 @@ _BOUNDS: Final = {
     **dict.fromkeys(("n_prompt", "n_gen", "n_depth"), (0, _MOST_TOKENS)),
     **dict.fromkeys(("kl_mean", "kl"), (-1, _MOST)),  # rounding makes a mean of nothing negative
 }
-_MAY_BE: Final[dict[str, Any]] = {"same_top": _POSSIBLE, "samples_ns": list}  # checked where they are
+_MAY_BE: Final[dict[str, Any]] = {  # checked where they are
+    "same_top": _POSSIBLE,
+    "samples_ns": list,
+    "top_k_used": (int, list, type(None)),
+}
 _SIGNS: Final = {"bench": "avg_ts", "eval": "kl_mean", "tune": "frontier"}  # a field that no other kind has
 _POINT: Final[dict[str, Any]] = {
     "step": str,
@@ -120,10 +125,7 @@ def read_records(files: list[str]) -> Records:
 
 
 def _parse(file: str) -> list[Any]:
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not records, not even UTF-8 ({error.reason}): {file}") from None
+    text = decode_text(Path(file).read_bytes(), f"--records {file}")
     try:
         whole = _loads(text)
     except ValueError:
@@ -195,6 +197,8 @@ def _check_fields(holder: Record, wanted: dict[str, Any], where: str) -> None:
             good = good and low <= value <= high
         if name == "top_k" and isinstance(value, str):
             good = value in ("auto", "per layer")
+        if name == "top_k_used" and isinstance(value, list):
+            good = bool(value) and all(type(k) is int and 0 <= k <= _MOST_TOKENS for k in value)
         if not good:
             raise ValueError(f"{where}: {name} = {str(value)[:60]!r} is not what this field holds")
 
