@@ -1,5 +1,8 @@
 """Sparse-K attention: each query keeps its K strongest keys."""
 
+from . import _loading as _loading  # before anything that takes time
+
+# isort: split
 from importlib.metadata import version as _version
 
 from .attention import attention, select, topk_mask

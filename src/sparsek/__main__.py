@@ -8,11 +8,13 @@ import sys
 def main() -> int:
     try:
         from .cli import main as run
+        from .cli import streams
     except ModuleNotFoundError as error:
         if error.name not in ("click", "rich"):
             raise
         print(f"sparsek: the command line needs {error.name}: pip install 'sparsek[cli]'", file=sys.stderr)
         return 2
+    streams.prepare()
     return run()
 
 

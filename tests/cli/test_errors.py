@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from sparsek.cli import main
+from sparsek.engines import base
 from sparsek.engines.model_file import embedded_model
 
 from .conftest import Sparsek
@@ -118,6 +120,7 @@ def test_directory_without_a_model(sparsek_fails: Sparsek, tmp_path: Path) -> No
         (b"  \n ", "the text is empty"),
         (b"\xff\xfe\x00binary", "not a UTF-8 text"),
         (b"too short", "the text has 2 tokens"),
+        (b"begins well\0 and ends", "text.txt has a zero byte (U+0000), at byte 11: take it out"),
     ],
 )
 def test_bad_text(sparsek_fails: Sparsek, tmp_path: Path, content: bytes, message: str) -> None:
@@ -148,6 +151,72 @@ def test_no_standard_input(sparsek_fails: Sparsek, monkeypatch: pytest.MonkeyPat
     assert "--text - reads standard input, and there is none" in sparsek_fails("eval", "--text", "-")
 
 
-def test_debug_shows_the_traceback() -> None:
-    with pytest.raises(FileNotFoundError, match="no such model"):
-        main(["run", "-p", "x", "-m", "/no/such.gguf", "--debug"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "-p", "x", "-m", "/no/such.gguf"], "no such model: '/no/such.gguf'"),
+        (["run"], "the prompt is empty: pass -p TEXT or -f FILE"),
+    ],
+)
+def test_debug_shows_the_traceback_before_the_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([*arguments, "--debug"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == f"sparsek: {message}"
+
+
+def test_a_defect_is_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(base, "open_engine", broken)
+    with pytest.raises(KeyError, match="oops"):
+        main(["run", "-p", "x"])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "-f"],
+        ["run", "--raw", "--engine", "transformers", "-f"],
+        ["eval", "--text"],
+        ["bench", "--text"],
+        ["tune", "--max-kl", "0.1", "--text"],
+        ["report", "--text"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"before\0after", r"has a zero byte (U+0000), at byte 6: take it out"),
+        (b"caf\xe9 au lait", "is not a UTF-8 text (invalid continuation byte at byte 3)"),
+    ],
+)
+def test_every_command_takes_a_text_whole_or_not_at_all(
+    sparsek_fails: Sparsek,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+    content: bytes,
+    message: str,
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_bytes(content)
+    assert sparsek_fails(*command, str(file)) == f"sparsek: {command[-1]} {file} {message}"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert sparsek_fails(*command, "-") == f"sparsek: standard input {message}"
+
+
+@pytest.mark.parametrize("option", [["run", "-p"], ["report", "--sentence"]], ids=" ".join)
+def test_text_of_an_option_is_whole_too(sparsek_fails: Sparsek, option: list[str]) -> None:
+    assert f"{option[1]} has a zero byte (U+0000), at character 1" in sparsek_fails(*option, "a\0b")
+    assert f"{option[1]} is not UTF-8 text: '\\xe9' at character 1" in sparsek_fails(*option, "a\udce9b")
+
+
+def test_a_name_that_is_not_utf8_is_quoted_by_its_bytes(sparsek_fails: Sparsek) -> None:
+    assert sparsek_fails("run", "-p", "x", "-m", "caf\udce9") == "sparsek: no such model: 'caf\\xe9'"
+    assert sparsek_fails("run", "-f", "caf\udce9") == "sparsek: No such file or directory: caf\\xe9"
+    assert sparsek_fails("run", "-f", "caf\udcc3\udca9").endswith("café")  # as a C locale gives it

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from importlib import import_module
-from typing import Final
+from typing import Any, Final
 
 import click
+
+from .._loading import INTERRUPTED, MESSAGE, raise_as_usual, stop_quietly
+from .errors import FAILED, fail, is_expected
+from .streams import discard_output
 
 COMMANDS: Final = {
     "run": "generate text",
@@ -22,19 +25,6 @@ COMMANDS: Final = {
     "ggml-backend": "the llama.cpp backend, and how to load it",
     "info": "processor, kernels, engines and what auto would choose",
 }
-# What a wrong input or a missing part raises; anything else is a defect and shows its traceback.
-_EXPECTED: Final = (
-    ValueError,
-    TypeError,
-    OSError,
-    ImportError,
-    NotImplementedError,
-    MemoryError,
-    OverflowError,
-)
-_FAILED: Final = 2
-_INTERRUPTED: Final = 130
-_LONGEST_MESSAGE: Final = 500
 
 
 class _Group(click.Group):
@@ -48,6 +38,12 @@ class _Group(click.Group):
             return None
         command: click.Command = import_module(f".{name.replace('-', '_')}", __name__).command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.Abort from None  # before click prints an empty line
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
@@ -71,45 +67,31 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command. Returns the exit code: 0, 2 after an error (one line on stderr), 130 if interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
-    logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("sparsek").setLevel(logging.DEBUG if debug else logging.WARNING)
     try:
+        raise_as_usual()
+        _log(debug)
         code = cli.main(given, prog_name="sparsek", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # while what goes wrong can still be told
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
-        return _FAILED
-    except click.ClickException as error:
-        return _fail(error.format_message())
+        return FAILED
     except (click.Abort, KeyboardInterrupt):
-        print("sparsek: interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    except SystemExit:  # click's answer when the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        click.echo(MESSAGE, err=True)
+        return INTERRUPTED
+    except (SystemExit, BrokenPipeError):  # the reader of our output went away; click makes an exit of it
+        discard_output()
         return 0
     except Exception as error:
-        if debug or not _is_expected(error):
+        if not is_expected(error):
             raise
-        return _fail(_message(error))
+        return fail(error, debug)
+    finally:
+        stop_quietly()
 
 
-def _is_expected(error: Exception) -> bool:
-    if isinstance(error, RuntimeError) and "memory" in str(error):  # PyTorch's way of saying MemoryError
-        return True
-    return isinstance(error, _EXPECTED) or type(error).__name__ == "VerificationError"
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
-    return str(error) or type(error).__name__
-
-
-def _fail(message: str) -> int:
-    words = " ".join(message.split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
-    if len(line) > _LONGEST_MESSAGE:
-        line = f"{line[: _LONGEST_MESSAGE - 3]}..."
-    print(f"sparsek: {line}", file=sys.stderr)
-    return _FAILED
+def _log(debug: bool) -> None:
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("sparsek").setLevel(logging.DEBUG if debug else logging.WARNING)
