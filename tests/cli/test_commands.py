@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsek import SparseKConfig
+from sparsek import SparseKConfig, policy
 from sparsek.bench import attention_call
 from sparsek.bench.attention_call import AttentionRecord
 from sparsek.bench.model import BenchRecord
@@ -155,6 +155,7 @@ def test_output_formats_agree(sparsek: Sparsek) -> None:
     rows = list(csv.DictReader(io.StringIO(sparsek(*options, "-o", "csv"))))
     assert [line["tokens"] for line in lines] == [int(row["tokens"]) for row in rows] == [100, 120]
     assert json.loads(rows[0]["config"]) == lines[0]["config"]
+    assert rows[0]["environment.cpu"] == lines[0]["environment"]["cpu"]
 
 
 @pytest.mark.model
@@ -167,6 +168,28 @@ def test_eval_records(sparsek: Sparsek) -> None:
         assert record["ppl_ratio"] == pytest.approx(record["ppl"] / record["ppl_dense"])
         assert 0 < record["mass_mean"] <= 1
     assert records[0]["kl_mean"] > records[1]["kl_mean"] > 0
+
+
+@pytest.mark.model
+def test_csv_has_one_value_a_cell(sparsek: Sparsek) -> None:
+    options = ["-k", "0,8", *SPARSE, "-o", "csv"]
+    for command in (["eval", "--context", "64"], ["bench", "-p", "16", "-n", "0", "-r", "2"]):
+        dense, sparse = csv.DictReader(io.StringIO(sparsek(*command, *options)))
+        assert not {"mass", "kept", "samples_ns", "environment", "operations"}.intersection(sparse)
+        assert (dense["config"], dense["top_k_used"], sparse["top_k_used"]) == ("", "", "8")
+        others = [text for name, text in sparse.items() if name != "config"]
+        assert not any(text.startswith(("[", "{")) for text in others)
+        assert SparseKConfig.from_json(sparse["config"]).dense_layers == (0, 1)
+
+
+@pytest.mark.model
+def test_records_say_what_auto_was(sparsek: Sparsek, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And tables show that, whatever auto means by then."""
+    monkeypatch.setattr(policy, "AUTO_MIN", 40)
+    for command in (["eval", "--context", "64"], ["bench", "-p", "16", "-n", "0", "-r", "1"]):
+        (record,) = json.loads(sparsek(*command, "-k", "auto", *SPARSE, "-o", "json"))
+        assert (record["top_k"], record["top_k_used"]) == ("auto", 40)
+        assert "| auto (40) |" in sparsek(*command, "-k", "auto", *SPARSE)
 
 
 @pytest.mark.model

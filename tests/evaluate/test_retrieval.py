@@ -67,6 +67,7 @@ def test_the_passage_comes_twice(engine: Engine) -> None:
 def test_scores_are_those_of_the_models_own_logits(engine: Engine) -> None:
     _, text = read_text(None)
     records = retrieve(engine, [None, CONFIG], text=text, text_name="x", context=CONTEXT, seed=3)
+    assert [r.top_k_used for r in records if r.config is not None] == [8] * 11
     assert [r.task for r in records if r.config is None] == [TASKS[0]] * 5 + [TASKS[1]] * 5 + [TASKS[2]]
     sequence = words(engine).passkey()
     model = engine._model  # type: ignore[attr-defined]

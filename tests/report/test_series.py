@@ -5,6 +5,7 @@ import pytest
 from sparsek import SparseKConfig
 from sparsek.report.series import (
     budget,
+    budget_text,
     frontier_of_run,
     frontier_of_tuning,
     prompts,
@@ -43,16 +44,34 @@ def test_lines_say_what_tells_them_apart() -> None:
 
 
 def test_qualities_have_their_errors() -> None:
-    records = [eval_record(64, 0.01), eval_record("auto", 0.02), eval_record(16, 0.1, kl_se=None)]
+    records = [
+        eval_record(64, 0.01),
+        eval_record("auto", 0.02, top_k_used=40),
+        eval_record(16, 0.1, kl_se=None),
+    ]
     (line,) = qualities([*records, eval_record(0, config=None)], "kl_mean", "kl_se")
-    assert line.x == [16, 48, 64]  # auto is 48 at 2048 tokens
+    assert line.x == [16, 40, 64]
     assert line.y == [0.1, 0.02, 0.01]
     assert line.low == pytest.approx([0.1, 0.019, 0.0095])
 
 
 def test_budget_by_layer_is_a_mean() -> None:
     config = SparseKConfig(top_k=(8, 16, "auto")).to_dict()
-    assert budget(eval_record("per layer", config=config)) == pytest.approx((8 + 16 + 48) / 3)
+    assert budget(eval_record("per layer", config=config, top_k_used=[8, 16, 30])) == 18
+    assert budget(eval_record("per layer", config=SparseKConfig(top_k=(8, 16)).to_dict())) == 12
+
+
+def test_what_auto_was_is_told_by_the_record_or_not_at_all() -> None:
+    """What it means today may be something else."""
+    old, new = eval_record("auto"), eval_record("auto", top_k_used=40)
+    assert (budget(old), budget_text(old)) == (None, "auto")
+    assert (budget(new), budget_text(new)) == (40, "auto (40)")
+    assert qualities([old], "kl_mean", "kl_se") == []
+    assert [p.label for p in frontier_of_run([old, new], [], lambda _: 1.0)] == ["K = auto (40)"]
+    bench = [bench_record(2048, "auto", speedup=1.5), bench_record(2048, "auto", speedup=2.0, top_k_used=40)]
+    (point,) = frontier_of_run([new], bench, lambda _: 1.0)
+    assert point.speedup == 2.0
+    assert [line.label for line in speeds(bench)] == ["Sparse-K, K = auto"]
 
 
 def test_speed_up_joins_quality_of_the_same_rule_and_length() -> None:

@@ -1,13 +1,24 @@
-"""How many scores enter the softmax: half of N x N for dense attention, about N x K for Sparse-K."""
+"""How many scores enter the softmax: half of N x N for dense attention, about N x K for Sparse-K; and what K
+is in numbers."""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from ..config import SparseKConfig
-from ..policy import Rule, resolve
+from ..policy import Rule, fixed, resolve
+
+
+def top_k_used(config: SparseKConfig | None, context: int, device: str = "cpu") -> int | list[int] | None:
+    """K as records carry it, in numbers: what "auto" is at this context, and on a GPU the keys of a list; one
+    for each layer where K is given so, None for dense attention."""
+    if config is None:
+        return None
+    budgets: Any = fixed(config, context, device).top_k
+    return list(budgets) if isinstance(budgets, tuple) else budgets
 
 
 def scores_used(

@@ -18,13 +18,14 @@ from .options import (
     rule_options,
     use_threads,
 )
-from .output import Column, output_option, progress, write_records
+from .output import Column, k_text, output_option, write_records
+from .progress import progress
 
 COLUMNS: Final[list[Column]] = [
     ("model", lambda r: r.model),
     ("engine", lambda r: r.engine),
     ("threads", lambda r: str(r.n_threads)),
-    ("K", lambda r: "dense" if r.top_k == 0 else str(r.top_k)),
+    ("K", k_text),
     ("test", lambda r: r.test),
     ("t/s", lambda r: f"{r.avg_ts:.2f} ± {r.stddev_ts:.2f}"),
     (
@@ -138,5 +139,8 @@ def command(
             )
         )
     write_records(records, output, COLUMNS)
+    why = library.why_no_ratio(records)
+    if why is not None:
+        click.echo(f"note: {why}", err=True)
     channels = opened.num_heads * opened.head_size if device == "cuda" else None
     note_dense(configs, [test.prompt + test.depth + test.generated for test in planned], channels)

@@ -19,7 +19,8 @@ from .options import (
     rule_options,
     use_threads,
 )
-from .output import Column, output_option, progress, write_records
+from .output import Column, output_option, write_records
+from .progress import progress
 
 _BATCH: Final[Column] = ("batch", lambda r: str(r.batch))
 COLUMNS: Final[list[Column]] = [

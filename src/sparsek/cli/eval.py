@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 from click.core import ParameterSource
 
-from ..config import SparseKConfig, TopK
-from ..policy import fixed
+from ..config import TopK
 from ..report.tables import with_error
 from .options import (
     Budgets,
@@ -21,18 +20,11 @@ from .options import (
     rule_options,
     text_option,
 )
-from .output import Column, output_option, progress, write_records, write_table
+from .output import Column, k_text, output_option, write_records, write_table
+from .progress import progress
 
 if TYPE_CHECKING:
     from ..evaluate.retrieval import RetrievalRecord
-
-
-def _k(record: Any) -> str:
-    if record.config is None:
-        return "dense"
-    if record.top_k != "auto":
-        return str(record.top_k)
-    return f"auto ({fixed(SparseKConfig.from_dict(record.config), record.context, record.device).top_k})"
 
 
 COLUMNS: Final[list[Column]] = [
@@ -40,7 +32,7 @@ COLUMNS: Final[list[Column]] = [
     ("engine", lambda r: r.engine),
     ("text", lambda r: r.text),
     ("context", lambda r: str(r.context)),
-    ("K", lambda r: _k(r)),
+    ("K", k_text),
     ("kept", lambda r: "all" if r.kept_mean is None else f"{r.kept_mean:.0f}"),
     ("ppl dense", lambda r: f"{r.ppl_dense:.3f}"),
     ("ppl", lambda r: f"{r.ppl:.3f}"),
@@ -58,7 +50,7 @@ def _said(hit: bool | None) -> str:
 RETRIEVAL_COLUMNS: Final[list[Column]] = [
     ("task", lambda r: r.task),
     ("depth", lambda r: "" if r.depth is None else f"{r.depth:.0%}"),
-    ("K", lambda r: _k(r)),
+    ("K", k_text),
     ("dense log p", lambda r: f"{r.logprob_dense:.3f}"),
     ("sparse log p", lambda r: f"{r.logprob:.3f}"),
     ("dense says it", lambda r: _said(r.hit_dense)),

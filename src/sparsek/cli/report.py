@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from ..config import SparseKConfig, TopK, budget_name
 from ..engines.base import check_fits, default_engine
+from ..engines.text import option_text
 from .options import (
     Budgets,
     Counts,
@@ -27,7 +28,8 @@ from .options import (
     text_option,
     use_threads,
 )
-from .output import progress, write_file
+from .output import write_file
+from .progress import progress
 
 if TYPE_CHECKING:
     from ..report.records import Records
@@ -124,8 +126,7 @@ def command(
       sparsek tune --max-kl 0.01 --records tune.json && sparsek report --records tune.json
       sparsek bench -p 512,8000 -n 0 -o json > bench.json && sparsek report --records bench.json
     """
-    if sentence.encode(errors="replace").decode() != sentence:
-        raise click.UsageError(f"--sentence is not UTF-8 text: {sentence!r}")
+    sentence = option_text(sentence, "--sentence")
     if find_spec("matplotlib") is None:
         raise ImportError("the pictures need matplotlib: pip install 'sparsek[report]'")
     from ..bench.environment import environment

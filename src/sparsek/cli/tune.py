@@ -21,7 +21,8 @@ from .options import (
     rule_options,
     text_option,
 )
-from .output import Column, progress, write_file, write_table
+from .output import Column, write_file, write_table
+from .progress import progress
 
 if TYPE_CHECKING:
     from ..evaluate.tune import Point

@@ -10,6 +10,7 @@ from ..bench.counts import scores_used
 from ..bench.model import bench, tests
 from ..config import SparseKConfig
 from ..engines.base import Engine
+from ..policy import on_gpu
 from ..report.series import Costs, rule_words
 from .quality import Windows, evaluate
 
@@ -42,7 +43,12 @@ def mean_keys(record: dict[str, Any]) -> float:
     """Keys that a query attends to in an `eval` record: a mean over rows and all layers, dense ones too, as
     `tune` counts them."""
     context, layers = record["context"], len(record["mass"])
-    kept, _ = scores_used(SparseKConfig.from_dict(record["config"]), context, layers, 1)
+    config = SparseKConfig.from_dict(record["config"])
+    if record.get("device") == "cuda":
+        config = on_gpu(config)
+    if record.get("top_k_used") is not None:
+        config = replace(config, top_k=record["top_k_used"])
+    kept, _ = scores_used(config, context, layers, 1)
     return float(kept / (context * layers))
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 import torch
 
+from ..bench.counts import top_k_used
 from ..bench.environment import environment
 from ..config import SparseKConfig, budget_name
 from ..engines.base import Engine, Part
@@ -35,7 +36,8 @@ class EvalRecord:
 
     `mass[layer][head]` is the share of the dense softmax that falls on the kept keys, `kept[layer]` the
     number of keys a row keeps, over sampled rows; None for layers that keep everything. `mass_mean` and
-    `kept_mean` are their means. `top_k` 0 without a configuration is dense attention itself.
+    `kept_mean` are their means. `top_k` 0 without a configuration is dense attention itself; `top_k_used` is
+    K in numbers: what "auto" meant.
     """
 
     engine: str
@@ -60,6 +62,7 @@ class EvalRecord:
     kept: list[float | None]
     environment: dict[str, Any]
     device: str = "cpu"
+    top_k_used: int | list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -270,6 +273,7 @@ def _record(
         kept=kept,
         environment=environment(),
         device=engine.device,
+        top_k_used=top_k_used(config, windows.context, engine.device),
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import torch
 
+from ..bench.counts import top_k_used
 from ..bench.environment import environment
 from ..config import SparseKConfig, budget_name
 from ..engines.base import Engine, Part
@@ -34,7 +35,7 @@ class RetrievalRecord:
 
     `logprob` and `logprob_dense` are natural logarithms of the probability of the right answer, a mean over
     its tokens; `hit` and `hit_dense` whether every token of it was the most likely one (None for a passage).
-    `tokens` of the answer.
+    `tokens` of the answer. `top_k_used`: as in `quality.EvalRecord`.
     """
 
     engine: str
@@ -51,6 +52,8 @@ class RetrievalRecord:
     hit_dense: bool | None
     hit: bool | None
     environment: dict[str, Any]
+    device: str = "cpu"
+    top_k_used: int | list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,8 @@ def retrieve(
                         hit_dense=hit_dense if single else None,
                         hit=hit if single else None,
                         environment=environment(),
+                        device=engine.device,
+                        top_k_used=top_k_used(config, context, engine.device),
                     )
                 )
     return records

@@ -11,6 +11,7 @@ from .records import Record, Records
 from .series import (
     Costs,
     FrontierPoint,
+    budget,
     budget_text,
     frontier_of_tuning,
     prompts,
@@ -171,10 +172,8 @@ def _quality(m: Material) -> Part:
         "the mean distance of the next token's distribution from that of dense attention. Bars are standard "
         "errors."
     )
-    pictures = []
-    if used:
-        ratios = qualities(used, "ppl_ratio", "ppl_ratio_se")
-        pictures = charts.quality(ratios, qualities(used, "kl_mean", "kl_se"))
+    ratios = qualities(used, "ppl_ratio", "ppl_ratio_se")
+    pictures = charts.quality(ratios, qualities(used, "kl_mean", "kl_se")) if ratios else []
     rows = [
         [
             r["model"],
@@ -192,6 +191,8 @@ def _quality(m: Material) -> Part:
     said = f"Windows of {contexts} tokens."
     if any(r["config"].get("min_context") == 0 for r in used):
         said += " With min_context 0: K is used at this length whatever the configuration's min_context is."
+    if any(budget(r) is None for r in used):
+        said += " Records that do not say what K = auto was are in the table alone."
     return Part("quality", "Quality against K", text, pictures, _source(m, "eval", used, said), titles, rows,
                 _of(m, "eval"))  # fmt: skip
 

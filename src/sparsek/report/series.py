@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import SparseKConfig, budget_range
-from ..policy import fixed, on_cpu
+from ..policy import on_cpu
+from . import tables
 from .records import Record
 
 
@@ -95,7 +96,7 @@ def _bench_lines(records: Sequence[Record], add: Callable[[Line, Record], None])
         keyed.append(
             (
                 {
-                    "": "dense" if r["config"] is None else f"Sparse-K, K = {budget_text(r)}",
+                    "": "dense" if r["config"] is None else f"Sparse-K, K = {r['top_k']}",
                     "rule": rule_words(r["config"]),
                     "model": r["model"],
                     "engine": r["engine"],
@@ -109,13 +110,16 @@ def _bench_lines(records: Sequence[Record], add: Callable[[Line, Record], None])
 
 
 def qualities(records: Sequence[Record], value: str, error: str) -> list[Line]:
-    """A field of `eval` records against K, with its standard error."""
+    """A field of `eval` records against K, with its standard error. Those that do not say what K was are left
+    out."""
 
     def add(line: Line, r: Record) -> None:
         spread = r[error] or 0.0
-        line.add(budget(r), r[value], r[value] - spread, r[value] + spread)
+        k = budget(r)
+        if k is not None:
+            line.add(k, r[value], r[value] - spread, r[value] + spread)
 
-    return _lines([(_eval_words(r), r) for r in sparse(records)], add)
+    return [line for line in _lines([(_eval_words(r), r) for r in sparse(records)], add) if line.x]
 
 
 def _eval_words(r: Record) -> dict[str, str]:
@@ -157,17 +161,17 @@ def sparse(records: Sequence[Record]) -> list[Record]:
     return [r for r in records if r["config"] is not None]
 
 
-def budget(record: Record) -> float:
-    """K as a number; a mean where it is given per layer."""
-    config = SparseKConfig.from_dict(record["config"])
-    context = record.get("context") or record.get("n_prompt", 0)
-    budgets: Any = fixed(config, context, record.get("device", "cpu")).top_k
-    return statistics.fmean(budgets if isinstance(budgets, tuple) else (budgets,))
+def budget(record: Record) -> float | None:
+    """K as a number; a mean where it is given per layer. None where it was "auto" and the record, of an
+    earlier version, does not say what that was."""
+    used = record.get("top_k_used") or record["config"].get("top_k", "auto")
+    budgets = used if isinstance(used, (list, tuple)) else [used]
+    return None if "auto" in budgets else statistics.fmean(budgets)
 
 
 def budget_text(record: Record) -> str:
     """K as the record names it."""
-    return str(record["top_k"])
+    return tables.budget_text(record["top_k"], record.get("top_k_used"))
 
 
 def rule_words(config: dict[str, Any] | SparseKConfig | None) -> str:
@@ -209,10 +213,12 @@ def with_mass(records: Sequence[Record], top_k: int | str, rule: str) -> Record 
 def frontier_of_run(
     records: Sequence[Record], bench: Sequence[Record], keys: Callable[[Record], float]
 ) -> list[FrontierPoint]:
-    """Points of `eval` records. `keys` counts the keys of one. The speed-up is that of the `bench` record of
-    the same engine-independent rule, with a prompt as long as the context, where there is one."""
+    """Points of the `eval` records that say what K was. `keys` counts the keys of one. The speed-up is that
+    of the `bench` record of the same engine-independent rule, with a prompt as long as the context, where
+    there is one."""
     points = []
-    counted = [r for r in sparse(records) if r["mass"]]  # without it, how many layers there are is not known
+    # Without its mass, how many layers there are is not known.
+    counted = [r for r in sparse(records) if r["mass"] and budget(r) is not None]
     for line, r in zip(_labels([(_eval_words(r), r) for r in counted]), counted, strict=True):
         speedup = next(
             (
@@ -221,6 +227,7 @@ def frontier_of_run(
                 if b["n_prompt"] == r["context"]
                 and b["model"] == r["model"]
                 and b["speedup"] is not None
+                and budget(b) == budget(r)
                 and same_rule(b["config"], r["config"], r["context"])
             ),
             None,

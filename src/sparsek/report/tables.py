@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+from ..engines.text import shown_name
 
 
 def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well as plain text too: columns padded to equal width, numbers to the right."""
+    """A table that reads well as plain text too: columns padded to equal width, numbers to the right. A bar or
+    the end of a line in a name is none of the table."""
+    titles, rows = [_cell(title) for title in titles], [[_cell(text) for text in row] for row in rows]
     widths = [max(2, *(len(row[i]) for row in [titles, *rows])) for i in range(len(titles))]
     right = [all(_is_number(row[i]) for row in rows) for i in range(len(titles))]
 
@@ -18,8 +23,19 @@ def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(titles), line(rule), *map(line, rows)])
 
 
+def _cell(text: str) -> str:
+    """Shown as it is, but for bars, with the backslashes before them, and characters that have no shape."""
+    barred = re.sub(r"(\\*)\|", r"\1\1\|", shown_name(text))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in barred)
+
+
 def _is_number(text: str) -> bool:
     return text[:1].isdigit() or text in ("", "-")
+
+
+def budget_text(top_k: int | str, used: int | list[int] | None) -> str:
+    """K with what "auto" was, where the record says it."""
+    return f"auto ({used})" if top_k == "auto" and used is not None else str(top_k)
 
 
 def with_error(value: float, error: float | None) -> str:
