@@ -1,100 +1,29 @@
-"""The engine in Transformers: tokenizers made of GGUF files, and generation that goes on."""
+"""The engine in Transformers: generation that goes on, and models that are damaged."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("transformers")
 
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+import numpy as np
 
 from sparsek import SparseKConfig
 from sparsek.bench import model as bench
 from sparsek.engines import transformers as engine
-from sparsek.engines.model_file import embedded_model
-from sparsek.engines.tokenizer_check import keeps_words_whole
+from sparsek.engines.base import Part
+
+from .. import tiny_gguf
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    model = embedded_model()
-    return AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name)
-
-
-def changed(tokenizer: Any, **model: Any) -> Any:
-    """The tokenizer with other parts of its model."""
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    description["model"].update(model)
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(description)))
-
-
-def test_a_tokenizer_in_order(tokenizer: Any) -> None:
-    assert keeps_words_whole(tokenizer)
-
-
-def test_one_that_has_lost_what_joins_letters(tokenizer: Any) -> None:
-    assert not keeps_words_whole(changed(tokenizer, merges=[]))
-
-
-def test_one_that_has_lost_half_of_them(tokenizer: Any) -> None:
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    assert not keeps_words_whole(changed(tokenizer, merges=merges[: len(merges) // 2]))
-
-
-def test_one_without_words(tokenizer: Any) -> None:
-    letters = {token: number for token, number in tokenizer.get_vocab().items() if len(token) == 1}
-    assert keeps_words_whole(changed(tokenizer, vocab=letters, merges=[]))
-
-
-def test_the_engine_refuses_words_in_pieces(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = changed(tokenizer, merges=[])
-    monkeypatch.setattr(engine.AutoTokenizer, "from_pretrained", lambda **_: broken)
-    with pytest.raises(ValueError, match=r"cuts its own words to pieces.*SmolLM2.*gguf"):
-        engine.TransformersEngine(None)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "bos"),
-    [
-        ({"add_bos_token": True, "bos_token_id": 2}, 2),
-        ({"add_bos_token": False, "bos_token_id": 2, "model": "llama"}, None),
-        ({"bos_token_id": 2, "model": "llama"}, 2),
-        ({"bos_token_id": 2, "model": "gpt2"}, None),
-        ({"add_bos_token": "false", "bos_token_id": 2}, None),
-        ({"add_bos_token": True}, None),
-    ],
-)
-def test_what_a_file_says_of_the_beginning(metadata: dict[str, Any], bos: int | None) -> None:
-    assert engine._bos({f"tokenizer.ggml.{name}": value for name, value in metadata.items()}) == bos
-
-
-@pytest.fixture(scope="module")
-def loaded() -> engine.TransformersEngine:
-    return engine.TransformersEngine(None)
-
-
-def test_a_text_begins_as_the_file_says(
-    loaded: engine.TransformersEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text, chat = loaded.encode("Some text"), loaded.encode_chat("Hello")
-    monkeypatch.setattr(loaded, "_bos", 17)
-    assert loaded.encode("Some text") == [17, *text]
-    monkeypatch.setattr(loaded, "_bos", chat[0])
-    assert loaded.encode_chat("Hello") == chat  # once
-
-
-def test_a_chat_template_that_fails(
-    loaded: engine.TransformersEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loaded._tokenizer, "chat_template", "{% for x in %}")
-    with pytest.raises(ValueError, match=r"chat template of .*gguf fails, try --raw: TemplateSyntaxError"):
-        loaded.encode_chat("Hello")
-    monkeypatch.setattr(loaded._tokenizer, "chat_template", "")
-    assert loaded.encode_chat("Hello") == loaded.encode("Hello")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> engine.TransformersEngine:
+    file = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    return engine.TransformersEngine(str(tiny_gguf.llama().write(file)))
 
 
 def test_generation_goes_on_where_it_ended(
@@ -136,3 +65,52 @@ def test_a_bench_of_it_verifies_both_ends_and_keeps_to_the_context(
     monkeypatch.setattr(loaded, "context_length", 45)
     with pytest.raises(ValueError, match="46 tokens are more than the model's context of 45"):
         records()
+
+
+CALLS: list[Callable[[engine.TransformersEngine, list[int]], Any]] = [
+    lambda e, tokens: list(e.generate(tokens, 3, None)),
+    lambda e, tokens: list(e.prompt(tokens, None)),
+    lambda e, tokens: e.generation(tokens, 2, None),
+    lambda e, tokens: list(e.logits([Part(tokens, None)])),
+    lambda e, tokens: list(e.logits([Part(tokens, SparseKConfig.pure(2), step=4)])),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_an_error(
+    tmp_path: Path,
+    call: Callable[[engine.TransformersEngine, list[int]], Any],
+    value: float,
+) -> None:
+    model = tiny_gguf.llama()
+    model.tensors["token_embd.weight"][ord("x")] = value  # which no other text needs
+    opened = engine.TransformersEngine(str(model.write(tmp_path / "damaged.gguf")))
+    call(opened, opened.encode("good"))
+    with pytest.raises(ValueError, match="the logits of damaged are not finite: are its weights damaged"):
+        call(opened, opened.encode("bad: x"))
+
+
+def test_each_row_of_logits_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = engine.TransformersEngine(str(tiny_gguf.llama().write(tmp_path / "tiny.gguf")))
+    head = opened._head
+
+    def damaged(states: Any) -> Any:
+        logits = head(states).clone()
+        if len(logits) > 1:
+            logits[1, 5] = np.nan
+        return logits
+
+    monkeypatch.setattr(opened, "_head", damaged)
+    with pytest.raises(ValueError, match="the logits of tiny are not finite"):
+        list(opened.logits([Part(opened.encode("some text"), None)]))
+
+
+@pytest.mark.parametrize("name", ["attn_q", "attn_k", "attn_v", "ffn_norm"])
+def test_weights_that_attention_would_make_zeros_of_are_an_error(tmp_path: Path, name: str) -> None:
+    model = tiny_gguf.llama()
+    model.tensors[f"blk.1.{name}.weight"].flat[-1] = np.nan
+    with pytest.raises(
+        ValueError, match=r"weights are not finite, model\.layers\.1\.\S* among them: .*a\.gguf"
+    ):
+        engine.TransformersEngine(str(model.write(tmp_path / "a.gguf")))

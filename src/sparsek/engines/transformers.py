@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+from transformers import Cache, DynamicCache
 
 from ..config import SparseKConfig
 from ..integrations import transformers as integration
@@ -20,8 +18,9 @@ from ..problem import Problem
 from .base import Observer, Part, check_device
 from .gguf_model import read_one_file
 from .model_file import find_model
-from .text import check_text
-from .tokenizer_check import keeps_words_whole
+from .text import shown_name
+from .transformers_loading import load_model
+from .transformers_text import Tokenizer
 
 _LOGIT_ROWS: Final = 256  # rows of [rows, vocabulary] held at once
 
@@ -53,39 +52,22 @@ class TransformersEngine:
         transformers.logging.disable_progress_bar()
         if threads is not None:
             torch.set_num_threads(threads)
-        source: dict[str, Any] = {"pretrained_model_name_or_path": path}
-        self.model_config = None
-        self._bos: int | None = None
+        self.model, metadata = shown_name(path.name), {}
         if path.is_file():
-            source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-            metadata = read_one_file(path).metadata
-            self.model_config = SparseKConfig.from_gguf_metadata(metadata)
-            self._bos = _bos(metadata)
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        with _loading("tokenizer", path):
-            self._tokenizer = AutoTokenizer.from_pretrained(**source)
-            in_order = path.is_dir() or keeps_words_whole(self._tokenizer)
-        if not in_order:
-            raise ValueError(
-                f"the tokenizer cuts its own words to pieces: Transformers {self.version} reads this file "
-                f"wrongly (pip install -U transformers, or use the engine llama) or it is damaged: {path}"
-            )
-        with _loading("model", path):
-            loaded, report = AutoModelForCausalLM.from_pretrained(
-                **source, dtype=dtype, output_loading_info=True
-            )
-        if report["missing_keys"]:
-            missing = ", ".join(sorted(report["missing_keys"])[:3])
-            raise ValueError(f"the model lacks weights, {missing} among them: {path}")
-        self._model = loaded.eval().to(device)
+            file = read_one_file(path)
+            self.model, metadata = file.name, file.metadata
+        self.model_config = SparseKConfig.from_gguf_metadata(metadata)
+        self._tokenizer = Tokenizer(path, metadata)
+        loaded = load_model(path, torch.float32 if device == "cpu" else torch.bfloat16)
+        self._model = loaded.to(device)
         config = self._model.config.get_text_config()
-        self.model = path.stem if path.is_file() else path.name
         try:
             self.num_layers = int(config.num_hidden_layers)
             self.num_heads = int(config.num_attention_heads)
             head_size = getattr(config, "head_dim", None)
             self.head_size = int(head_size or config.hidden_size // self.num_heads)
             self.context_length = int(config.max_position_embeddings)
+            self._vocabulary = int(config.vocab_size)
         except AttributeError as error:
             name = type(loaded).__name__
             raise ValueError(
@@ -95,27 +77,23 @@ class TransformersEngine:
         self.dense = str(config._attn_implementation)
 
     def encode(self, text: str) -> list[int]:
-        return self._begun(list(self._tokenizer(check_text(text))["input_ids"]))
+        return self._known(self._tokenizer.encode(text))
 
     def encode_chat(self, text: str) -> list[int]:
-        if not self._tokenizer.chat_template:
-            return self.encode(text)
-        chat = [{"role": "user", "content": check_text(text)}]
-        try:
-            encoded = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-        except Exception as error:  # a program that came with the model
-            reason = _first_line(error)
-            raise ValueError(f"the chat template of {self.path} fails, try --raw: {reason}") from error
-        return self._begun(list(encoded["input_ids"]))
+        return self._known(self._tokenizer.encode_chat(text))
 
-    def _begun(self, tokens: list[int]) -> list[int]:
-        """Some versions of Transformers leave out the token that a GGUF file's texts begin with."""
-        if self._bos is None or tokens[:1] == [self._bos]:
-            return tokens
-        return [self._bos, *tokens]
+    def _known(self, tokens: list[int]) -> list[int]:
+        """The tokens, if the model has them all."""
+        most = max(tokens, default=0)
+        if most >= self._vocabulary:
+            raise ValueError(
+                f"the tokenizer is of another model: it gives the token {most}, and the model has the tokens "
+                f"0 to {self._vocabulary - 1}: {self.path}"
+            )
+        return tokens
 
     def decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        return self._tokenizer.decode(tokens)
 
     def prompt(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[tuple[int, float]]:
         with self._attending(config):
@@ -177,7 +155,7 @@ class TransformersEngine:
                     continue
                 states = states[-start % part.scored :: part.scored]
                 for row in range(0, len(states), _LOGIT_ROWS):
-                    yield self._head(states[row : row + _LOGIT_ROWS]).float()
+                    yield self._finite(self._head(states[row : row + _LOGIT_ROWS]).float())
 
     def _states(self, tokens: list[int], config: SparseKConfig | None, cache: Cache | None) -> torch.Tensor:
         """The body's last hidden states, [tokens, hidden size]: all logits at once would take gigabytes."""
@@ -206,14 +184,18 @@ class TransformersEngine:
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
     def _check_head(self, states: torch.Tensor, expected: torch.Tensor) -> None:
-        if not bool(torch.isfinite(expected).all()):
-            raise ValueError(f"the logits of {self.model} are not finite: are its weights damaged?")
         tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1
-        if not torch.allclose(self._head(states)[0], expected.float(), rtol=tolerance, atol=tolerance):
+        ours = self._head(states)[0]
+        if not torch.allclose(ours, self._finite(expected).float(), rtol=tolerance, atol=tolerance):
             raise NotImplementedError(
                 f"{type(self._model).__name__} does more between its last layer and its logits than "
                 "one projection: evaluation does not know this model yet"
             )
+
+    def _finite(self, logits: torch.Tensor) -> torch.Tensor:
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError(f"the logits of {self.model} are not finite: are its weights damaged?")
+        return logits
 
     def _attending(self, config: SparseKConfig | None) -> contextlib.AbstractContextManager[Any]:
         if config is None:
@@ -228,7 +210,7 @@ class TransformersEngine:
     def _step(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Append `ids` to the cache; returns the greedy next token [1, 1]."""
         logits = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        token: torch.Tensor = logits[:, -1].argmax(-1, keepdim=True)
+        token: torch.Tensor = self._finite(logits[:, -1]).argmax(-1, keepdim=True)
         if token.is_cuda:
             torch.cuda.synchronize()
         return token
@@ -239,27 +221,4 @@ class TransformersEngine:
     def _end_tokens(self) -> set[int]:
         ends = self._model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        return {int(e) for e in [*ends, self._tokenizer.eos_token_id] if e is not None}
-
-
-def _bos(metadata: dict[str, Any]) -> int | None:
-    """The token that a GGUF file wants its texts to begin with; those of SentencePiece do if it is silent."""
-    of_llama = metadata.get("tokenizer.ggml.model") == "llama"
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
-    wanted = metadata.get("tokenizer.ggml.add_bos_token", of_llama) is True
-    return bos if wanted and isinstance(bos, int) else None
-
-
-@contextlib.contextmanager
-def _loading(part: str, path: Path) -> Iterator[None]:
-    """Without the progress bar that cannot be switched off, and with one kind of error."""
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    except Exception as error:  # a damaged model fails in many ways
-        raise ValueError(f"Transformers cannot load the {part} of {path}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        return {int(e) for e in [*ends, self._tokenizer.eos] if e is not None}
