@@ -127,8 +127,8 @@ def why_no_ratio(records: Sequence[BenchRecord]) -> str | None:
 
 @dataclass(frozen=True)
 class _Check:
-    """What an untimed call of a test showed. `verified`: None where all attention is the host's, in dense rows
-    and in a model whose attention is none of ours."""
+    """What an untimed call of a test showed. `verified`: None where all attention is the host's, as in dense
+    rows and in a model whose attention is none of ours."""
 
     verified: Verification | None
     operations: dict[str, int]

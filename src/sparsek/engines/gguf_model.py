@@ -107,6 +107,11 @@ def does_not_generate(model: GgufModel, why: str) -> ValueError:
     )
 
 
+def not_finite(name: str) -> ValueError:
+    """What to raise for a model that gives NaN."""
+    return ValueError(f"the logits of {name} are not finite: are its weights damaged?")
+
+
 def _shards(file: Path, metadata: dict[str, Any]) -> tuple[Path, ...]:
     """All files of the model whose first is `file`."""
     number, count = (metadata.get(f"split.{name}") or 0 for name in ("no", "count"))

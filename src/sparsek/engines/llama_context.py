@@ -12,6 +12,7 @@ from ..config import SparseKConfig
 from ..integrations import llama_cpp as integration
 from ..policy import fixed
 from . import llama_api as api
+from .gguf_model import not_finite
 from .llama_model import LlamaModel
 
 BATCH: Final = 512  # tokens handed over at once, between which Ctrl-C is obeyed
@@ -143,8 +144,7 @@ class Context:
 
     def _not_finite(self) -> ValueError:
         self._free()
-        name = self._model.files.name
-        return ValueError(f"the logits of {name} are not finite: are its weights damaged?")
+        return not_finite(self._model.files.name)
 
     def _free(self) -> None:
         """At once where something failed, so that what llama.cpp logs of it comes before the error."""

@@ -20,7 +20,7 @@ from ..config import SparseKConfig
 from ..integrations import llama_cpp as integration
 from . import gguf_model
 from .base import check_fits
-from .gguf_model import GgufModel, shard_path
+from .gguf_model import GgufModel, not_finite, shard_path
 from .llama_model import LlamaModel
 from .model_file import find_model
 
@@ -98,9 +98,12 @@ def start(
         signal.signal(number, signal.SIG_DFL)  # Python's own handler would wait for the load
     with _path_in_utf8(model.files) as params.model.path:
         try:
-            return xllamacpp.Server(params)
+            server = xllamacpp.Server(params)
         except RuntimeError:
             raise ValueError(f"llama.cpp cannot serve {model.files.path}: the lines above say why") from None
+    if not _is_finite(server):
+        raise not_finite(model.files.name)
+    return server
 
 
 def serve_until_signal() -> NoReturn:
@@ -122,6 +125,14 @@ def serve_until_signal() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _is_finite(server: Any) -> bool:
+    """Whether the model says something, which the server itself does not look at."""
+    asked = {"prompt": "The", "max_tokens": 1, "temperature": 0, "logprobs": 1}
+    choices = server.handle_completions(asked).get("choices", [])
+    said = [token for choice in choices for token in (choice.get("logprobs") or {}).get("content", [])]
+    return all(token["logprob"] is not None for token in said)
 
 
 def _check_address(host: str, port: int) -> None:
