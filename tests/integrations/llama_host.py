@@ -1,4 +1,4 @@
-"""llama.cpp's C interface for tests: what the engine does not need of it, and small models as GGUF files."""
+"""llama.cpp's C interface for tests, what the engine does not need of it, and some layers of a real model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from sparsek import SparseKConfig
 from sparsek.engines import llama_api as api
 from sparsek.engines.model_file import embedded_model
 from sparsek.integrations import llama_cpp as integration
+
+from ..tiny_gguf import finish
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -155,54 +157,4 @@ def write_float_model(file: Path, layers: int) -> None:
         block = tensor.name.split(".")[1] if tensor.name.startswith("blk.") else "0"
         if int(block) < layers:
             writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-    _write(writer)
-
-
-def write_mamba_model(file: Path, layers: int = 2, width: int = 64) -> None:
-    """A random model of an architecture without attention, with the embedded model's vocabulary."""
-    import gguf
-
-    rng = np.random.default_rng(0)
-    reader = gguf.GGUFReader(embedded_model())
-    writer = gguf.GGUFWriter(file, "mamba")
-    for field in reader.fields.values():
-        if field.name.startswith("tokenizer.ggml."):
-            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
-    vocabulary = len(reader.fields["tokenizer.ggml.tokens"].contents())
-    inner_width, state, rank, kernel = 2 * width, 16, 4, 4
-    writer.add_block_count(layers)
-    writer.add_context_length(8192)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(0)
-    writer.add_head_count(0)
-    writer.add_ssm_conv_kernel(kernel)
-    writer.add_ssm_inner_size(inner_width)
-    writer.add_ssm_state_size(state)
-    writer.add_ssm_time_step_rank(rank)
-    writer.add_layer_norm_rms_eps(1e-5)
-
-    def add(name: str, *shape: int) -> None:
-        writer.add_tensor(name, (0.1 * rng.standard_normal(shape)).astype(np.float32))
-
-    add("token_embd.weight", vocabulary, width)
-    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
-    for i in range(layers):
-        writer.add_tensor(f"blk.{i}.attn_norm.weight", np.ones(width, np.float32))
-        add(f"blk.{i}.ssm_in.weight", 2 * inner_width, width)
-        add(f"blk.{i}.ssm_conv1d.weight", inner_width, kernel)
-        add(f"blk.{i}.ssm_conv1d.bias", inner_width)
-        add(f"blk.{i}.ssm_x.weight", rank + 2 * state, inner_width)
-        add(f"blk.{i}.ssm_dt.weight", inner_width, rank)
-        add(f"blk.{i}.ssm_dt.bias", inner_width)
-        writer.add_tensor(f"blk.{i}.ssm_a", -np.ones((inner_width, state), np.float32))
-        writer.add_tensor(f"blk.{i}.ssm_d", np.ones(inner_width, np.float32))
-        add(f"blk.{i}.ssm_out.weight", width, inner_width)
-    _write(writer)
-
-
-def _write(writer: Any) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)

@@ -18,7 +18,8 @@ pytest.importorskip("xllamacpp")
 
 from sparsek.integrations.llama_cpp import backend_path
 
-from .llama_host import write_float_model, write_mamba_model
+from .. import tiny_gguf
+from .llama_host import write_float_model
 
 pytestmark = pytest.mark.model
 
@@ -274,12 +275,12 @@ def load_into_stub(folder: Path, **numbers: int) -> tuple[str, str]:
 
 
 def test_model_without_attention(tmp_path: Path) -> None:
-    file = tmp_path / "mamba.gguf"
-    write_mamba_model(file)
+    file = tiny_gguf.mamba().write(tmp_path / "mamba.gguf")
     code = (
         HOST
         + """
 host = Host(Path(model))
+tokens = [token % 256 for token in tokens]
 plain, ours = (Context(host, config).extend(tokens) for config in (None, SparseKConfig.pure(8)))
 print(np.isfinite(plain).all(), plain.std() > 0, np.array_equal(plain, ours), integration.counts())
 """

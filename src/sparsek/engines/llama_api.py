@@ -115,7 +115,6 @@ _FUNCTIONS: Final = {
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_model_n_layer": (c_int32, [c_void_p]),
     "llama_model_n_head": (c_int32, [c_void_p]),
-    "llama_model_n_swa": (c_int32, [c_void_p]),
     "llama_model_n_params": (c_uint64, [c_void_p]),
     "llama_model_n_ctx_train": (c_int32, [c_void_p]),
     "llama_model_chat_template": (c_char_p, [c_void_p, c_char_p]),

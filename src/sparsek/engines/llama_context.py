@@ -39,6 +39,7 @@ class Context:
         params = self._lib.llama_context_default_params()
         params.n_ctx = tokens
         params.n_batch = params.n_ubatch = BATCH
+        params.swa_full = True  # or what was outside of a window would be gone when tokens are taken out
         for name, value in parameters.items():
             setattr(params, name, value)
         integration.configure(self._config)
@@ -75,27 +76,21 @@ class Context:
         Raises:
             ValueError: some are not finite.
         """
-        rows: Logits = self._rows(self._lib.llama_get_logits(self._value), count).copy()
-        if not np.isfinite(rows).all():
-            raise self._not_finite()
+        rows: Logits = self._finite(self._lib.llama_get_logits(self._value), count).copy()
         return rows
 
     def best(self) -> int:
         """The most likely token after the last.
 
         Raises:
-            ValueError: logits are not finite. (The largest is NaN where any is.)
+            ValueError: some of its logits are not finite.
         """
-        (row,) = self._rows(self._lib.llama_get_logits_ith(self._value, -1), 1)
-        token = int(row.argmax())
-        if not np.isfinite(row[token]):
-            raise self._not_finite()
-        return token
+        return int(self._finite(self._lib.llama_get_logits_ith(self._value, -1), 1).argmax())
 
     def way_back(self) -> Callable[[], None]:
         """What takes the context back to the tokens that it has now, whenever it is called."""
         length = self._length
-        state = None if self._model.can_step_back else self._state()
+        state = self._state() if self._model.has_state else None
 
         def back() -> None:
             if state is None:
@@ -130,10 +125,14 @@ class Context:
         if status != 0:
             raise self._failed(f"cannot go on ({status})")
 
-    def _rows(self, address: Any, count: int) -> Logits:
+    def _finite(self, address: Any, count: int) -> Logits:
+        """Rows of logits at the address, which may be null."""
         if not address:
             raise self._failed("gives no logits")
         rows: Logits = np.ctypeslib.as_array(address, shape=(count, self._model.vocabulary))
+        if not np.isfinite(rows).all():
+            self._free()
+            raise not_finite(self._model.files.name)
         return rows
 
     def _failed(self, what: str) -> ValueError:
@@ -141,10 +140,6 @@ class Context:
         cause = integration.cause()
         self._free()
         return ValueError(f"llama.cpp {what} {at}, with {name}: {cause}")
-
-    def _not_finite(self) -> ValueError:
-        self._free()
-        return not_finite(self._model.files.name)
 
     def _free(self) -> None:
         """At once where something failed, so that what llama.cpp logs of it comes before the error."""

@@ -46,12 +46,10 @@ class LlamaModel:
             raise does_not_generate(files, why)
 
     @property
-    def can_step_back(self) -> bool:
-        """Whether its cache still has all that is needed when the last tokens are taken out of it. Not where
-        layers have a state, or where a cell outside of a sliding window was overwritten."""
-        lib, value = self.lib, self.value
-        has_state = lib.llama_model_is_recurrent(value) or lib.llama_model_is_hybrid(value)
-        return not has_state and lib.llama_model_n_swa(value) == 0
+    def has_state(self) -> bool:
+        """Whether some layers keep a state, from which the last tokens cannot be taken out again."""
+        lib = self.lib
+        return bool(lib.llama_model_is_recurrent(self.value) or lib.llama_model_is_hybrid(self.value))
 
     def _why_not(self) -> str | None:
         """Why it does not continue texts."""
