@@ -267,6 +267,8 @@ def _write(file: Path, architecture: str | None, fields: dict[str, Any], tensors
         writer.kv_data[0].clear()
     for name, value in fields.items():
         value, kind = value if isinstance(value, tuple) else (value, _kind(value))
+        if name == "general.alignment":
+            writer.data_alignment = value
         writer.add_key_value(name, value, kind, sub_type=_inner(value) if isinstance(value, list) else None)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)

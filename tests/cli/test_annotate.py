@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sparsek.engines.base import open_engine
 from sparsek.engines.gguf_header import read_header
 from sparsek.engines.model_file import embedded_model
 
+from .. import tiny_gguf
 from .conftest import Sparsek
 
 FIELDS: dict[str, tuple[Any, Any, Any]] = {
@@ -168,3 +170,125 @@ def test_an_interrupted_copy_leaves_nothing(model: Path, monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         library.annotate(model, model.with_name("copy.gguf"), SparseKConfig())
     assert [file.name for file in model.parent.iterdir()] == ["model.gguf"]
+
+
+def test_a_full_disk_is_told_with_the_name(
+    sparsek_fails: Sparsek, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(library.shutil, "copyfileobj", full)
+    copy = model.with_name("copy.gguf")
+    assert f"No space left on device: {copy}" in sparsek_fails("annotate", str(model), str(copy))
+    assert [file.name for file in model.parent.iterdir()] == ["model.gguf"]
+
+
+def test_names_of_any_bytes(sparsek: Sparsek, model: Path) -> None:
+    source, copy = (model.with_name(os.fsdecode(name)) for name in (b"caf\xe9.gguf", b"caf\xe8.gguf"))
+    model.rename(source)
+    assert "caf\\xe8.gguf" in sparsek("annotate", str(source), str(copy))
+    assert tensors(copy) == tensors(source)
+
+
+# ---- Models in shards
+
+
+@pytest.fixture(params=[False, True], ids=["", "first empty"])
+def shards(tmp_path: Path, request: pytest.FixtureRequest) -> list[Path]:
+    return tiny_gguf.llama().write_shards(tmp_path, "big", 3, first_empty=request.param)
+
+
+def test_shards_become_one_file(sparsek: Sparsek, shards: list[Path]) -> None:
+    one, plain = shards[0].with_name("one.gguf"), shards[0].with_name("plain.gguf")
+    assert f"wrote {one}\n" in sparsek("annotate", str(shards[0]), str(one), "-k", "48")
+    assert SparseKConfig.from_gguf_metadata(read_header(one).metadata) == SparseKConfig(top_k=48)
+    sparsek("annotate", str(one), str(plain), "--remove")
+    whole = tiny_gguf.llama().write(shards[0].with_name("whole.gguf"))
+    assert plain.read_bytes() == whole.read_bytes()
+
+
+def test_tensors_of_shards_move_to_the_first_ones_alignment(sparsek: Sparsek, tmp_path: Path) -> None:
+    model = tiny_gguf.llama()
+    model.fields["general.alignment"] = 512  # which the others do not have
+    for i, name in enumerate(model.tensors):
+        model.tensors[name] = np.arange(1 + i * 37, dtype=np.float32)
+    first = model.write_shards(tmp_path, "big", 4)[0]
+    one = tmp_path / "one.gguf"
+    sparsek("annotate", str(first), str(one))
+    reader = gguf.GGUFReader(one)
+    assert reader.alignment == 512
+    assert all(tensor.data_offset % 512 == 0 for tensor in reader.tensors)
+    assert {t.name: t.data.tobytes() for t in reader.tensors} == {
+        name: tensor.tobytes() for name, tensor in model.tensors.items()
+    }
+
+
+def test_shards_become_shards(sparsek: Sparsek, shards: list[Path]) -> None:
+    made = [shard.with_name(shard.name.replace("big", "sparse")) for shard in shards]
+    printed = sparsek("annotate", str(shards[0]), str(made[0]), "-k", "48")
+    assert all(f"wrote {file}\n" in printed for file in made)
+    assert SparseKConfig.from_gguf_metadata(read_header(made[0]).metadata) == SparseKConfig(top_k=48)
+    assert fields(made[0]) == fields(shards[0])
+    assert [tensors(file) for file in made] == [tensors(file) for file in shards]
+    assert [file.read_bytes() for file in made[1:]] == [file.read_bytes() for file in shards[1:]]
+    sparsek("annotate", str(made[0]), str(shards[0]), "--remove", "--force")
+    assert "sparsek.top_k" not in read_header(shards[0]).metadata
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        ("big-00002-of-00003", "one", "this is shard 2 of 3, give the first, big-00001-of-00003.gguf"),
+        (
+            "big-00001-of-00003",
+            "x-00001-of-00002",
+            "the model has 3 shards: name the first, x-00001-of-00003.gguf",
+        ),
+        (
+            "big-00001-of-00003",
+            "x-00002-of-00003",
+            "the model has 3 shards: name the first, x-00001-of-00003.gguf",
+        ),
+        ("big-00001-of-00003", "big-00001-of-00003", "input and output are the same file"),
+        ("big-00001-of-00003", "link", "input and output are the same file"),
+        (
+            "big-00001-of-00003",
+            "there-00001-of-00003",
+            "the output exists (--force replaces it): {folder}/there-00003",
+        ),
+        ("cut-00001-of-00002", "one", "truncated GGUF file"),
+        ("lone-00001-of-00002", "one", "shard 2 of 2 is missing: {folder}/lone-00002-of-00002.gguf"),
+    ],
+)
+def test_error_line_of_shards(
+    sparsek_fails: Sparsek, tmp_path: Path, source: str, target: str, message: str
+) -> None:
+    big, cut, lone = (
+        tiny_gguf.llama().write_shards(tmp_path, n, c) for n, c in (("big", 3), ("cut", 2), ("lone", 2))
+    )
+    cut[1].write_bytes(cut[1].read_bytes()[:-9000])
+    lone[1].unlink()
+    (tmp_path / "link.gguf").symlink_to(big[2])
+    (tmp_path / "there-00003-of-00003.gguf").touch()
+    before = sorted(tmp_path.iterdir())
+    line = sparsek_fails("annotate", f"{tmp_path}/{source}.gguf", f"{tmp_path}/{target}.gguf")
+    assert message.format(folder=tmp_path) in line
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_interrupted_copy_of_shards_leaves_nothing(
+    shards: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, copied = library.shutil.copyfileobj, []
+
+    def interrupted(*given: Any) -> None:
+        copied.append(given)
+        if len(copied) == 3:
+            raise KeyboardInterrupt
+        real(*given)
+
+    monkeypatch.setattr(library.shutil, "copyfileobj", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        library.annotate(shards[0], shards[0].with_name("x-00001-of-00003.gguf"), SparseKConfig())
+    assert sorted(shards[0].parent.iterdir()) == shards
