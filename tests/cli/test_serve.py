@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -23,6 +24,7 @@ pytest.importorskip("xllamacpp")
 
 from sparsek.engines.model_file import embedded_model
 
+from .. import tiny_gguf
 from .conftest import Sparsek
 
 pytestmark = pytest.mark.model
@@ -154,6 +156,20 @@ def test_obeys_what_the_model_carries(served: Any, sparsek: Sparsek, tmp_path: P
     assert dense > 0
 
 
+def test_shards_with_a_name_of_any_bytes(served: Any, tmp_path: Path) -> None:
+    first, *_ = tiny_gguf.llama().write_shards(tmp_path, os.fsdecode(b"caf\xe9"), 3, first_empty=True)
+    server = served("-c", "64", "-k", "0", "-m", str(first))
+    assert server.get("/v1/models")["data"][0]["id"] == "caf\\xe9"
+    assert server.chat("Hi", 4)["usage"]["completion_tokens"] == 4
+    assert server.end()[0] == 0
+
+
+def test_a_zero_byte_is_part_of_a_question(served: Any, tmp_path: Path) -> None:
+    server = served("-c", "64", "-k", "0", "-m", str(tiny_gguf.llama().write(tmp_path / "tiny.gguf")))
+    whole, cut = (server.chat(text, 1)["usage"]["prompt_tokens"] for text in ("a\0bcd", "a"))
+    assert whole == cut + 4
+
+
 def test_dense_leaves_attention_to_llama_cpp(served: Any) -> None:
     server = served("-c", "512", "-k", "0")
     answer = server.chat("What is two plus two?")["choices"][0]["message"]["content"]
@@ -189,7 +205,7 @@ def test_port_in_use(sparsek_fails: Sparsek) -> None:
     [
         (["-m", "/no/such.gguf"], "no such model: '/no/such.gguf'"),
         (["-c", "9000"], "9000 tokens are more than the model's context of 8192"),
-        (["-c", "0"], "0 is not in the range"),
+        (["-c", "1"], "1 is not in the range"),
         (["-k", "32,64"], "-k 32,64: serve takes one K"),
         (["--parallel", "0"], "0 is not in the range"),
         (["--port", "70000"], "70000 is not in the range"),
