@@ -1,5 +1,7 @@
-// A log callback for the host that shows nothing, or all, and keeps the errors. In C++, for a callback in
-// Python would lose a Ctrl-C that comes while it runs.
+// What the host says: its log, of which the errors are kept, and its last words where it breaks off. In C++,
+// for a callback in Python would lose a Ctrl-C that comes while it runs.
+
+#include <unistd.h>
 
 #include <cstdio>
 #include <mutex>
@@ -12,14 +14,17 @@ namespace {
 enum Level : int { kError = 4, kContinued = 5 };  // of ggml.h; the latter is more of the message before
 
 constexpr size_t kMost = 1 << 16;  // bytes of errors that are kept: the first are those that tell
+constexpr int kFailed = 2;         // the exit code of our commands
 
 std::mutex mutex;  // of what follows
 bool in_error = false;
-std::string* errors = new std::string;  // never destroyed: the host may log until the very end
+// Never destroyed: the host may speak until the very end.
+std::string* errors = new std::string;
+std::string* model = new std::string;
 
 }  // namespace
 
-// `show`: not null to write everything to stderr.
+// A log callback for the host. `show`: not null to write everything to stderr.
 SPARSEK_EXPORT void sparsek_log(int level, const char* text, void* show) {
     const std::lock_guard lock(mutex);
     if (show != nullptr) std::fputs(text, stderr);
@@ -34,4 +39,17 @@ SPARSEK_EXPORT const char* sparsek_take_errors() {
     taken.clear();
     taken.swap(*errors);
     return taken.c_str();
+}
+
+// The model that the host works with, for its last words.
+SPARSEK_EXPORT void sparsek_name_model(const char* name) {
+    const std::lock_guard lock(mutex);
+    *model = name;
+}
+
+// An abort callback for the host: ends the process with one line, where the host would show its own stack.
+SPARSEK_EXPORT void sparsek_break_off(const char* message) {
+    std::fprintf(stderr, "sparsek: llama.cpp breaks off with %s, which may be damaged: %s\n", model->c_str(),
+                 message);
+    _exit(kFailed);
 }

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Final
+
+_WIDE: Final = 0.1
 
 
 def alternate(
@@ -24,8 +27,23 @@ def alternate(
 
 def ratio(baseline: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:
     """How many times faster `ours` is: median, lower and upper quartile over the paired repetitions."""
-    ratios = sorted(b / o for b, o in zip(baseline, ours, strict=True))
-    if len(ratios) < 2:
-        return ratios[0], ratios[0], ratios[0]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return statistics.median(ratios), low, high
+    return _quartiles([b / o for b, o in zip(baseline, ours, strict=True)])
+
+
+def is_wide(middle: float, low: float, high: float) -> bool:
+    """Whether the middle half of the repetitions is wider than a tenth of their median, which then says
+    little."""
+    return high - low > _WIDE * middle
+
+
+def are_wide(samples: Sequence[float]) -> bool:
+    """`is_wide` for the quartiles of these."""
+    return is_wide(*_quartiles(samples))
+
+
+def _quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median, lower and upper quartile."""
+    if len(samples) < 2:
+        return samples[0], samples[0], samples[0]
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return middle, low, high

@@ -7,6 +7,7 @@ from typing import Any, Final
 import click
 
 from ..config import TopK
+from .notes import note, note_dense, note_spread
 from .options import (
     Budgets,
     Counts,
@@ -14,7 +15,6 @@ from .options import (
     load,
     make_configs,
     model_options,
-    note_dense,
     rule_options,
     use_threads,
 )
@@ -139,8 +139,14 @@ def command(
             )
         )
     write_records(records, output, COLUMNS)
+    note_spread(
+        [
+            (f"{r.test}, K = {k_text(r)}", r.samples_ns, (r.speedup, r.speedup_low, r.speedup_high))
+            for r in records
+        ]
+    )
     why = library.why_no_ratio(records)
     if why is not None:
-        click.echo(f"note: {why}", err=True)
+        note(why)
     channels = opened.num_heads * opened.head_size if device == "cuda" else None
     note_dense(configs, [test.prompt + test.depth + test.generated for test in planned], channels)

@@ -10,12 +10,12 @@ from ..config import TopK
 from ..engines.base import check_device
 from ..kernels.dispatch import BACKENDS
 from ..report.tables import milliseconds
+from .notes import note_dense, note_spread
 from .options import (
     Budgets,
     Counts,
     common_options,
     make_configs,
-    note_dense,
     rule_options,
     use_threads,
 )
@@ -175,4 +175,10 @@ def command(
                     )
                 )
     write_records(records, output, [_BATCH, *COLUMNS] if batch > 1 else COLUMNS)
+    note_spread(
+        [
+            (f"{r.tokens} tokens, K = {r.top_k}", r.samples_ns, (r.ratio, r.ratio_low, r.ratio_high))
+            for r in records
+        ]
+    )
     note_dense(configs, tokens, batch * heads * head_dim if device == "cuda" else None)

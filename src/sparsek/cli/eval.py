@@ -9,13 +9,13 @@ from click.core import ParameterSource
 
 from ..config import TopK
 from ..report.tables import with_error
+from .notes import note_dense
 from .options import (
     Budgets,
     common_options,
     load,
     make_configs,
     model_options,
-    note_dense,
     resume_option,
     rule_options,
     text_option,

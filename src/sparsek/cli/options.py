@@ -15,7 +15,6 @@ from ..config import SparseKConfig, TopK, parse_layers
 from ..engines import base
 from ..engines.base import ENGINES, Engine
 from ..engines.text import decode_text
-from ..kernels.break_even import prompt_is_dense
 from .progress import status
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -166,31 +165,6 @@ def make_config(
     if dense_layers is not None:
         changed["dense_layers"] = parse_layers(dense_layers)
     return replace(config, **changed)
-
-
-def note_dense(
-    configs: Sequence[SparseKConfig | None], contexts: Sequence[int], channels_on_gpu: int | None = None
-) -> None:
-    """Say on stderr when K is not used at one of these contexts: it would look as if it cost nothing.
-    channels_on_gpu: of all heads of queries together, where attention is on a GPU."""
-    selects = {config.select for config in configs if config is not None}
-    if channels_on_gpu is not None and "auto" in selects:
-        dense = sorted({context for context in contexts if prompt_is_dense(context, channels_on_gpu)})
-        if dense:
-            click.echo(
-                f"note: at {', '.join(map(str, dense))} tokens attention on a GPU is dense whatever K is, "
-                "for that is faster (--select tile --min-context 0 uses K everywhere)",
-                err=True,
-            )
-        return
-    min_context = max((config.min_context for config in configs if config is not None), default=0)
-    short = sorted({context for context in contexts if context < min_context})
-    if short:
-        click.echo(
-            f"note: at {', '.join(map(str, short))} tokens attention is dense whatever K is: "
-            f"min_context is {min_context} (--min-context 0 uses K everywhere)",
-            err=True,
-        )
 
 
 def check_folder(place: str) -> None:

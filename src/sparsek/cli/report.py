@@ -14,13 +14,15 @@ from click.core import ParameterSource
 
 from ..config import SparseKConfig, TopK, budget_name
 from ..engines.base import check_fits, default_engine
-from ..engines.text import option_text
+from ..engines.text import option_text, shown_name
+from ..policy import on_gpu
 from .options import (
     Budgets,
     Counts,
     check_folder,
     check_outputs,
     common_options,
+    device_option,
     load,
     make_config,
     model_option,
@@ -40,6 +42,7 @@ _LENGTHS: Final = (512, 2048, 4096)
 # Parameters that `eval` and `bench` have too.
 _RULE: Final = frozenset(
     {
+        "device",
         "config_file",
         "pure",
         "sinks",
@@ -57,6 +60,7 @@ _RULE: Final = frozenset(
 
 @click.command("report")
 @model_option
+@device_option
 @text_option
 @click.option(
     "-o", "--output", metavar="FILE", default="report.html", show_default=True, help="Where the page goes."
@@ -94,6 +98,7 @@ _RULE: Final = frozenset(
 @common_options
 def command(
     model: str | None,
+    device: str,
     text: str | None,
     output: str,
     images: str | None,
@@ -116,7 +121,8 @@ def command(
     The web of attention, the scores and the mask of a sentence; the scores that are computed, speed, quality,
     retained mass and the frontier of the two, on your text. Everything is taken from the model or measured in
     the run, which takes minutes, or read from records. Attention and quality are Transformers', speed is
-    llama.cpp's where that is installed.
+    llama.cpp's where that is installed. With --device cuda all is on a GPU, in Transformers, and tiles of
+    queries share their lists of keys whatever the length is.
 
     \b
     Examples:
@@ -144,8 +150,10 @@ def command(
     _configs(top_k, None, rule)  # what is wrong in them shows before the model is loaded
     found = read_records(list(records))
     name, words = read_text(text)
-    engine = load("transformers", model, threads)
+    engine = load("transformers", model, threads, device=device)
     configs = _configs(top_k, engine.model_config, rule)
+    if device == "cuda":
+        configs = [on_gpu(config) for config in configs]
     configs[0].check_layers(engine.num_layers)
     for count in [context, *(lengths or [])]:
         check_fits(count, engine.context_length)
@@ -160,7 +168,7 @@ def command(
             found.eval = for_report.quality(engine, configs, tokens, context, text_name=name, advance=advance)
     if not found.bench:
         lengths = lengths or [n for n in _LENGTHS if n <= engine.context_length]
-        fast = default_engine(model)
+        fast = default_engine(model) if device == "cpu" else engine.name
         timed = engine if fast == engine.name else load(fast, model, threads)
         with progress("speed", for_report.runs(configs, lengths, context, repetitions)) as advance:
             found.bench = for_report.speed(
@@ -187,11 +195,11 @@ def command(
     )
     made = parts(material)
     write_file(output, page.page(material, made))
-    click.echo(f"wrote {output}")
+    click.echo(f"wrote {shown_name(output)}")
     if images is not None:
         Path(images).mkdir(exist_ok=True)
         files = write_images([picture for part in made for picture in part.pictures], Path(images))
-        click.echo(f"wrote {len(files)} pictures to {images}")
+        click.echo(f"wrote {len(files)} pictures to {shown_name(images)}")
 
 
 def _check_places(output: str, images: str | None, inputs: Sequence[str | None]) -> None:
@@ -230,15 +238,23 @@ def _commands(
 ) -> dict[str, str]:
     budgets = [] if isinstance(configs[0].top_k, tuple) else [str(c.top_k) for c in configs]
     shown = {"model", "text"} | _RULE
+    tile = "--select tile" if configs[0].select == "tile" and ctx.params["select"] is None else ""
     sentence = _line(ctx, "report", {*shown, "sentence", "sentence_k"}, f"--layer {layer} --head {head}")
     k = f"-k {','.join(budgets)}" if budgets else ""
     evaluation = _line(
         ctx, "eval", shown - {"min_context"}, "--engine transformers", f"--context {ctx.params['context']}",
-        "--min-context 0", k,
+        "--min-context 0", tile, k,
     )  # fmt: skip
     context = ctx.params["context"]
     speed = " && ".join(
-        _line(ctx, "bench", shown, f"-p {p} -n 0 -r {ctx.params['repetitions']}", f"-k 0,{ks}" if ks else "")
+        _line(
+            ctx,
+            "bench",
+            shown,
+            tile,
+            f"-p {p} -n 0 -r {ctx.params['repetitions']}",
+            f"-k 0,{ks}" if ks else "",
+        )
         for p, ks in _timed(lengths or [], context, budgets)
     )
     read = _line(ctx, "report", {*shown, "records"})
@@ -273,4 +289,4 @@ def _line(ctx: click.Context, command: str, names: set[str], *more: str) -> str:
             words += [word for x in value for word in (option, str(x))]
         else:
             words += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-    return " ".join([shlex.join(words), *filter(None, more)])
+    return " ".join([shown_name(shlex.join(words)), *filter(None, more)])

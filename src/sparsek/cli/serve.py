@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from ..config import TopK
-from .options import Budgets, make_configs, note_dense, rule_options
+from .notes import note_dense
+from .options import Budgets, make_configs, rule_options
 
 
 @click.command("serve")
@@ -23,7 +24,7 @@ from .options import Budgets, make_configs, note_dense, rule_options
 @click.option(
     "-c",
     "--context",
-    type=click.IntRange(1),
+    type=click.IntRange(2),
     help="Tokens of one request, with its answer.  [default: the model's context, at most 32768]",
 )
 @click.option(
@@ -74,9 +75,9 @@ def command(
     if config is not None:
         config.check_layers(found.num_layers)
     length = found.context(context)
-    note_dense([config], [length])
     server = library.start(
         found, config, host=host, port=port, context=length, parallel=parallel, threads=threads
     )
+    note_dense([config], [length])
     click.echo(f"listening on {server.listening_address}")
     library.serve_until_signal()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from ..config import SparseKConfig, budget_range
 from ..engines.base import ENGINES
+from ..engines.text import shown_name
 from ..report.tables import with_error
 from .options import (
     check_outputs,
     common_options,
+    device_option,
     load,
     make_config,
     model_option,
@@ -21,7 +23,7 @@ from .options import (
     rule_options,
     text_option,
 )
-from .output import Column, write_file, write_table
+from .output import Column, fields, write_file, write_table
 from .progress import progress
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ SPEED: Final[Column] = ("speed-up", lambda p: f"{p.speedup:.2f}")
 
 @click.command("tune")
 @model_option
+@device_option
 @click.option(
     "--engine",
     type=click.Choice(list(ENGINES)),
@@ -65,6 +68,7 @@ SPEED: Final[Column] = ("speed-up", lambda p: f"{p.speedup:.2f}")
 @common_options
 def command(
     model: str | None,
+    device: str,
     engine: str,
     text: str | None,
     context: int,
@@ -103,14 +107,14 @@ def command(
     make_config(None, **rule)  # what is wrong in it shows before the model is loaded
     check_outputs(output, records, resume, inputs=(text, model, rule["config_file"]))
     name, words = read_text(text)
-    opened = load(engine, model, threads)
+    opened = load(engine, model, threads, device=device)
     form = make_config(opened.model_config, **rule)
     kind = "speed" if min_speedup is not None else "quality"
     journal = Journal.of(resume, opened, words, context=context, target=kind)
     with progress("tune", steps(opened)) as advance:
 
-        def say(_: Point) -> None:
-            advance()
+        def say(point: Point) -> None:
+            advance(said=_said(point))
 
         tuner = Tuner(
             opened,
@@ -127,10 +131,17 @@ def command(
     click.echo(f"\n{_summary(record)}")
     click.echo(f"\n{config.to_json()}")  # whatever becomes of the files
     if records is not None:
-        write_file(records, json.dumps(asdict(record)) + "\n")
+        write_file(records, json.dumps(fields(record)) + "\n")
     if output is not None:
         write_file(output, config.to_json(indent=2) + "\n")
-        click.echo(f"\nwrote {output}")
+        click.echo(f"\nwrote {shown_name(output)}")
+
+
+def _said(point: Point) -> str:
+    """A line of a log."""
+    speed = "" if point.speedup is None else f", speed-up {point.speedup:.2f}"
+    k = budget_range(point.config["top_k"])
+    return f"{point.step}, K {k}: {point.keys:.0f} keys, KL {with_error(point.kl, point.kl_se)}{speed}"
 
 
 def _target(max_kl: float | None, max_ppl_ratio: float | None, min_speedup: float | None) -> Any:

@@ -100,6 +100,7 @@ class Batch(ctypes.Structure):
 # name: (result, arguments)
 _FUNCTIONS: Final = {
     "ggml_version": (c_char_p, []),
+    "ggml_set_abort_callback": (c_void_p, [c_void_p]),
     "llama_log_set": (None, [c_void_p, c_void_p]),
     "llama_model_default_params": (ModelParams, []),
     "llama_context_default_params": (ContextParams, []),

@@ -10,6 +10,7 @@ from typing import Any
 from ..integrations import llama_cpp as integration
 from . import llama_api as api
 from .gguf_model import GgufModel, does_not_generate
+from .text import shown_name
 
 _logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class LlamaModel:
     def __init__(self, files: GgufModel, *, weights: bool = True) -> None:
         """`weights`: False to load all else, in no time, to see what is wrong with it."""
         self.files, self.passes = files, 0
-        self.lib = open_library()
+        self.lib = _library(shown_name(str(files.path)))
         params = self.lib.llama_model_default_params()
         if not weights:
             params.no_alloc, params.load_mode = True, api.WITHOUT_MMAP
@@ -62,8 +63,6 @@ class LlamaModel:
             return "it generates by diffusion"
         if lib.llama_vocab_type(lib.llama_model_get_vocab(self.value)) == api.NO_VOCABULARY:
             return "it has no vocabulary"
-        if lib.llama_model_n_layer(self.value) < 1:
-            return "it has no layers"
         return self._why_not_in_context()
 
     def _why_not_in_context(self) -> str | None:
@@ -82,9 +81,10 @@ class LlamaModel:
             self.lib.llama_free(context)
 
 
-def open_library() -> Any:
-    """llama.cpp, with Sparse-K in it, and its log kept: shown where ours is."""
+def _library(model: str) -> Any:
+    """llama.cpp, with Sparse-K in it, and what it says kept: its log, shown where ours is, and last words."""
     lib = api.library()
     integration.keep_log(lib.llama_log_set, show=_logger.isEnabledFor(logging.DEBUG))
+    integration.keep_last_words(lib.ggml_set_abort_callback, model)
     integration.load_backend(lib)
     return lib

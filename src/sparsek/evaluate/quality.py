@@ -240,7 +240,7 @@ def _record(
 ) -> EvalRecord:
     segments = [segment for result in results for segment in result.segments]
     loss_dense, loss, kl, same, tokens = (math.fsum(column) for column in zip(*segments, strict=True))
-    dense, sparse = math.exp(loss_dense / tokens), math.exp(loss / tokens)
+    dense, sparse = perplexity(loss_dense / tokens), perplexity(loss / tokens)
     whole = [s for s in segments if s[4] >= _SEGMENT / 2]
     difference_se = standard_error([(s[1] - s[0]) / s[4] for s in whole])
     layers = _add([result.layers for result in results])
@@ -275,6 +275,16 @@ def _record(
         device=engine.device,
         top_k_used=top_k_used(config, windows.context, engine.device),
     )
+
+
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats; or the ratio of two, of their difference. ValueError beyond all numbers."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        raise ValueError(
+            f"the perplexity is e to the power of {loss:.0f}: are the weights damaged?"
+        ) from None
 
 
 def _add(windows: Sequence[dict[str, Any]]) -> dict[int, LayerMass]:

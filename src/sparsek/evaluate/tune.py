@@ -26,8 +26,10 @@ from ..bench.environment import environment
 from ..bench.timing import alternate, ratio
 from ..config import SparseKConfig, Tail, TopK
 from ..engines.base import Engine, Part, attending_layers, no_attention
+from ..kernels.break_even import prompt_is_dense
+from ..policy import on_gpu
 from .journal import Journal
-from .quality import EvalRecord, Windows, compare, evaluate, standard_error
+from .quality import EvalRecord, Windows, compare, evaluate, perplexity, standard_error
 from .sensitivity import DroppedMass, dropped_mass
 
 BUDGETS: Final = (0, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -106,6 +108,7 @@ class TuneRecord:
     met_held: bool | None
     frontier: list[dict[str, Any]]
     environment: dict[str, Any]
+    device: str = "cpu"
 
 
 @dataclass
@@ -144,6 +147,13 @@ class Tuner:
             raise ValueError(
                 f"context = {self.windows.context}: attention is dense below min_context = "
                 f"{self.form.min_context}, take a longer --context or a smaller --min-context"
+            )
+        channels = self.engine.num_heads * self.engine.head_size
+        on_auto = self.engine.device == "cuda" and self.form.select == "auto"
+        if on_auto and prompt_is_dense(self.windows.context, channels):
+            raise ValueError(
+                f"context = {self.windows.context}: attention on a GPU is dense at this length, for that is "
+                "faster, take a longer --context or --select tile"
             )
         if not attending_layers(self.engine):
             raise ValueError(f"nothing to tune, for {no_attention(self.engine.model)}")
@@ -320,8 +330,9 @@ class Tuner:
             start += count
         each = torch.cat(found)
         parts = [part for part in torch.split(each, _SEGMENT) if len(part) == _SEGMENT]
-        ratio_ = math.exp(float((each[:, 1] - each[:, 0]).mean()))
-        kept, _ = scores_used(config, len(window), self.engine.num_layers, 1)
+        ratio_ = perplexity(float((each[:, 1] - each[:, 0]).mean()))
+        counted = on_gpu(config) if self.engine.device == "cuda" else config
+        kept, _ = scores_used(counted, len(window), self.engine.num_layers, 1)
         return {
             "keys": kept / (len(window) * self.engine.num_layers),
             "kl": float(each[:, 2].mean()),
@@ -397,6 +408,7 @@ class Tuner:
             met_held=self._held_is_met(held),
             frontier=[asdict(p) for p in self.points],
             environment=environment(),
+            device=self.engine.device,
         )
 
 

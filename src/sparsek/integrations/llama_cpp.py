@@ -112,6 +112,15 @@ def keep_log(set_log: Callable[[Any, Any], Any], *, show: bool = False) -> None:
     set_log(ctypes.cast(_library().sparsek_log, c_void_p), c_void_p(1) if show else None)
 
 
+def keep_last_words(set_abort: Callable[[Any], Any], model: str) -> None:
+    """Where the host breaks off, as it does with some models that contradict themselves, end the process with
+    one line that names `model`, and exit code 2. `set_abort`: the host's ggml_set_abort_callback."""
+    library = _library()
+    library.sparsek_name_model.restype = None
+    library.sparsek_name_model(" ".join(model.split()).encode())
+    set_abort(ctypes.cast(library.sparsek_break_off, c_void_p))
+
+
 def take_errors() -> str:
     """The errors in the host's log since the last call, after `keep_log`; one a line."""
     library = _library()

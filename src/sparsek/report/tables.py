@@ -9,8 +9,8 @@ from ..engines.text import shown_name
 
 
 def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well as plain text too: columns padded to equal width, numbers to the right. A bar or
-    the end of a line in a name is none of the table."""
+    """A table that reads well as plain text too: columns padded to equal width, numbers to the right. A bar
+    or the end of a line in a name is none of the table."""
     titles, rows = [_cell(title) for title in titles], [[_cell(text) for text in row] for row in rows]
     widths = [max(2, *(len(row[i]) for row in [titles, *rows])) for i in range(len(titles))]
     right = [all(_is_number(row[i]) for row in rows) for i in range(len(titles))]
