@@ -69,7 +69,12 @@ _ALSO: Final[dict[str, dict[str, Any]]] = {
     "kimi_linear": {"layer_types": _HYBRID},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
-    "minimax_m3_vl_text": {"index_block_size": 4, "index_topk_blocks": 2},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "index_n_heads": 2,
+        "index_block_size": 4,
+        "index_topk_blocks": 2,
+    },
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
@@ -121,10 +126,11 @@ def all_architectures() -> list[Architecture]:
     for table, decodes in (
         (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, False),
         (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, True),
+        (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, False),  # on texts alone
     ):
         for names in table.values():
             for name in [names] if isinstance(names, str) else names:
-                found[name] = Architecture(name, decodes)
+                found.setdefault(name, Architecture(name, decodes))
     return list(found.values())
 
 

@@ -306,8 +306,10 @@ _attention_op.register_autograd(_no_gradient)
 
 def _mask(*args: Any, config: Any = None, **kwargs: Any) -> torch.Tensor | None:
     """Transformers' mask for SDPA: bool [B, 1, Tq, Tk], or None where it is plainly causal."""
-    if getattr(config, "num_kv_shared_layers", 0) and _is_part_filled(*args, **kwargs):
-        kwargs["allow_is_causal_skip"] = False  # some rows may be cut away later: see _has_rows_cut
+    cut = getattr(config, "num_kv_shared_layers", 0) and _is_part_filled(*args, **kwargs)  # see _has_rows_cut
+    # Layers that may see what follows (PaliGemma's) do not take None for causal.
+    if cut or getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        kwargs["allow_is_causal_skip"] = False
     mask: torch.Tensor | None = sdpa_mask(*args, config=config, **kwargs)
     return mask
 
