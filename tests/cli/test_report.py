@@ -90,7 +90,7 @@ def test_records_replace_measuring(sparsek: Sparsek, tmp_path: Path) -> None:
         (["--images", ""], "this is not a directory: ''"),
         (["--records", __file__, "-o", __file__], "this file has two uses"),
         (["--lengths", "64,99999"], "99999 tokens are more than the model's context of 8192"),
-        (["--sentence", "\udcff"], "--sentence is not UTF-8 text: '\\udcff'"),
+        (["--sentence", "\udcff"], "--sentence is not UTF-8 text: '\\xff' at character 0"),
         (["--records", "/no/such.json"], "No such file or directory: /no/such.json"),
         (["-k", "0,64"], "-k 0,64: 0 is dense attention"),
         (["--lengths", "0"], "'0' is not a number of tokens >= 1"),
