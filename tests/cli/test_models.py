@@ -21,17 +21,28 @@ from .. import tiny_gguf
 from ..tiny_gguf import TinyModel
 from .conftest import Sparsek
 
-SPARSE = ["-k", "8", "--min-context", "0"]
+SPARSE = ["-k", "8", "--min-context", "0", "--threads", "1"]  # threads wait where other processes run
 LLAMA: dict[str, list[str]] = {
     "run": ["-p", "x", *SPARSE],
     "eval": ["--context", "128", *SPARSE],
     "bench": ["-p", "16", "-n", "2", "-r", "1", *SPARSE],
-    "tune": ["--engine", "llama", "--context", "128", "--max-kl", "1", "--min-context", "0"],
+    "tune": [
+        "--engine",
+        "llama",
+        "--context",
+        "128",
+        "--max-kl",
+        "1",
+        "--min-context",
+        "0",
+        "--threads",
+        "1",
+    ],
     "serve": ["--port", "0"],
 }
 TRANSFORMERS: dict[str, list[str]] = {
     "run": ["--engine", "transformers", "-p", "x"],
-    "tune": ["--context", "128", "--max-kl", "1", "--min-context", "0"],
+    "tune": ["--context", "128", "--max-kl", "1", "--min-context", "0", "--threads", "1"],
     "report": ["--context", "128", "--lengths", "64", *SPARSE],
 }
 COMMANDS = [*LLAMA.items(), *TRANSFORMERS.items()]
@@ -79,6 +90,19 @@ def test_logits_that_are_not_finite(sparsek_fails: Sparsek, tmp_path: Path) -> N
     asked = [sys.executable, "-m", "sparsek", "serve", "-m", file, *LLAMA["serve"]]
     done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{told}\n")
+
+
+def test_where_llama_cpp_breaks_off(tmp_path: Path) -> None:
+    """It ends the process itself when a model contradicts itself in some ways."""
+    model = tiny_gguf.llama()
+    model.of_model["expert_count"] = 1000
+    file = str(model.write(tmp_path / "model.gguf"))
+    for command in ("run", "serve"):
+        asked = [sys.executable, "-m", "sparsek", command, "-m", file, *LLAMA[command]]
+        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"sparsek: llama.cpp breaks off with {file}, which may be damaged: ")
 
 
 @pytest.mark.parametrize(("command", "options"), COMMANDS, ids=named)
@@ -135,10 +159,11 @@ def test_debug_shows_the_log_of_llama_cpp(tmp_path: Path, capfd: pytest.CaptureF
 def test_names_of_any_bytes(tmp_path: Path, name: bytes, locale: dict[str, str]) -> None:
     file = tmp_path / os.fsdecode(name)
     tiny_gguf.llama().write(tmp_path / "a.gguf").rename(file)
-    asked = [sys.executable, "-m", "sparsek", "bench", "-m", str(file), "-p", "16", "-n", "0", "-r", "1"]
+    asked = [sys.executable, "-m", "sparsek", "bench", "-m", str(file), *LLAMA["bench"]]
     done = subprocess.run(asked, capture_output=True, env={**os.environ, **locale}, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 4
+    shown = file.stem.replace("\udce9", "\\xe9")
+    assert [line.split()[1] for line in done.stdout.decode().splitlines()[2:]] == [shown] * 2
 
 
 # ---- Attention that is not Sparse-K's
@@ -146,7 +171,7 @@ def test_names_of_any_bytes(tmp_path: Path, name: bytes, locale: dict[str, str])
 
 def test_no_ratio_without_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(tiny_gguf.mamba().write(tmp_path / "mamba.gguf"))
-    options = ["-p", "16,32", "-n", "2", "-r", "2", "-k", "0,8", "--min-context", "0", "-o", "json"]
+    options = ["-p", "16,32", "-n", "2", "-r", "2", *SPARSE, "-k", "0,8", "-o", "json"]
     assert main(["bench", "-m", file, *options]) == 0
     printed = capsys.readouterr()
     assert "note: no ratio, for mamba has no attention that Sparse-K could compute" in printed.err

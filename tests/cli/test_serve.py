@@ -158,14 +158,16 @@ def test_obeys_what_the_model_carries(served: Any, sparsek: Sparsek, tmp_path: P
 
 def test_shards_with_a_name_of_any_bytes(served: Any, tmp_path: Path) -> None:
     first, *_ = tiny_gguf.llama().write_shards(tmp_path, os.fsdecode(b"caf\xe9"), 3, first_empty=True)
-    server = served("-c", "64", "-k", "0", "-m", str(first))
+    server = served("-c", "64", "-k", "0", "--threads", "1", "-m", str(first))
     assert server.get("/v1/models")["data"][0]["id"] == "caf\\xe9"
     assert server.chat("Hi", 4)["usage"]["completion_tokens"] == 4
     assert server.end()[0] == 0
 
 
 def test_a_zero_byte_is_part_of_a_question(served: Any, tmp_path: Path) -> None:
-    server = served("-c", "64", "-k", "0", "-m", str(tiny_gguf.llama().write(tmp_path / "tiny.gguf")))
+    server = served(
+        "-c", "64", "-k", "0", "--threads", "1", "-m", str(tiny_gguf.llama().write(tmp_path / "tiny.gguf"))
+    )
     whole, cut = (server.chat(text, 1)["usage"]["prompt_tokens"] for text in ("a\0bcd", "a"))
     assert whole == cut + 4
 

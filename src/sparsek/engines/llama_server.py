@@ -60,9 +60,9 @@ def read_model(model: str | None) -> ServableModel:
         raise ValueError(f"the server needs a GGUF file: {path}")
     files = gguf_model.read_model(path)
     length, layers = (files.of_model(name) for name in ("context_length", "block_count"))
-    if not length or not layers:
+    if not all(isinstance(number, int) and number > 0 for number in (length, layers)):
         raise ValueError(f"the GGUF file does not say how long a context its model takes: {path}")
-    return ServableModel(files, int(layers), int(length), SparseKConfig.from_gguf_metadata(files.metadata))
+    return ServableModel(files, layers, length, SparseKConfig.from_gguf_metadata(files.metadata))
 
 
 def start(
