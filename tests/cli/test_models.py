@@ -181,6 +181,15 @@ def test_no_ratio_without_attention(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert {sum(record["operations"].values()) for record in records} == {0}
 
 
+def test_eval_says_that_there_is_no_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tiny_gguf.mamba().write(tmp_path / "mamba.gguf"))
+    assert main(["eval", "-m", file, *LLAMA["eval"]]) == 0
+    assert (
+        capsys.readouterr().err
+        == "note: mamba has no attention that Sparse-K could compute: K changes nothing\n"
+    )
+
+
 def test_nothing_to_tune_without_attention(sparsek_fails: Sparsek, tmp_path: Path) -> None:
     file = str(tiny_gguf.mamba().write(tmp_path / "mamba.gguf"))
     assert "nothing to tune, for mamba has no attention" in sparsek_fails("tune", "-m", file, *LLAMA["tune"])

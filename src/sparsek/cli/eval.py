@@ -8,8 +8,9 @@ import click
 from click.core import ParameterSource
 
 from ..config import TopK
+from ..engines.base import attending_layers, no_attention
 from ..report.tables import with_error
-from .notes import note_dense
+from .notes import note, note_dense
 from .options import (
     Budgets,
     common_options,
@@ -167,4 +168,6 @@ def command(
             write_table(found, RETRIEVAL_COLUMNS)
     else:
         write_records([*records, *found], output, COLUMNS)
+    if any(r.config and r.kept_mean is None for r in records) and not attending_layers(opened):
+        note(no_attention(opened.model))
     note_dense(configs, [context], opened.num_heads * opened.head_size if device == "cuda" else None)
