@@ -73,10 +73,22 @@ README = str(Path(__file__).parents[2] / "README.md")
         (["bench-attention", "--batch", "2", "--inputs", "model"], "--batch is for --inputs random"),
         (["bench-attention", "--baseline", "flex"], "--baseline flex needs --device cuda"),
         (["info", "--context", "0"], "0 is not in the range"),
-        pytest.param(
-            ["bench-attention", "--device", "cuda", "--tokens", "8"],
-            f"device 'cuda': PyTorch {torch.__version__} finds no CUDA device",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        (
+            ["tune", "--max-kl", "1", "--device", "cuda", "--engine", "llama"],
+            "device 'cuda' needs the engine tra",
+        ),
+        *(
+            pytest.param(
+                [*call, "--device", "cuda"],
+                f"device 'cuda': PyTorch {torch.__version__} finds no CUDA device",
+                marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+            )
+            for call in (
+                ["bench-attention", "--tokens", "8"],
+                ["eval"],
+                ["tune", "--max-kl", "1"],
+                ["report", "-o", "/tmp/page.html"],
+            )
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from sparsek.evaluate import journal
 from sparsek.evaluate.journal import Journal
 
 WORK = {"model": "m", "context": 64}
@@ -80,3 +83,11 @@ def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
     with pytest.raises(ValueError, match="not a file to resume from"):
         Journal(file, WORK)
     assert file.read_text() == content
+
+
+def test_names_are_the_same_in_every_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a C locale Python has the bytes of a name one by one."""
+    engine: Any = SimpleNamespace(name="e", version="1", device="cpu", model="é", path=tmp_path)
+    for name in ("é.gguf 12 34", "\udcc3\udca9.gguf 12 34"):
+        monkeypatch.setattr(journal, "fingerprint", lambda _, name=name: name)
+        Journal.of(tmp_path / "j", engine, "text")

@@ -19,7 +19,7 @@ from sparsek.bench.text import read_text
 from sparsek.engines.base import Engine, open_engine
 from sparsek.evaluate.attention_mass import retained_mass
 from sparsek.evaluate.journal import Journal
-from sparsek.evaluate.quality import EvalRecord, Where, Windows, evaluate
+from sparsek.evaluate.quality import EvalRecord, Where, Windows, evaluate, perplexity
 from sparsek.integrations.transformers import SparseKCache, enabled
 from sparsek.problem import make_problem
 
@@ -143,3 +143,9 @@ def test_an_interrupted_evaluation_gives_the_same_answer(engine: Engine, tmp_pat
     assert sum(told) == 2 * 2 * 128
     assert whole.kl_se is not None
     assert 0 < whole.kl_se < whole.kl_mean
+
+
+def test_a_loss_beyond_all_numbers_is_said() -> None:
+    assert perplexity(2.0) == pytest.approx(math.exp(2))
+    with pytest.raises(ValueError, match="the perplexity is e to the power of 5000: are the weights damaged"):
+        perplexity(5e3)

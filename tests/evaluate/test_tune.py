@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,18 @@ def test_what_cannot_be_tuned_is_said(engine: Engine) -> None:
 def test_targets_out_of_range(fields: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Target(**fields)
+
+
+@pytest.mark.model
+def test_on_a_gpu_keys_are_those_of_the_lists(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a context where attention is dense for that is faster is refused. It still runs on the CPU here."""
+    config = replace(FORM, dense_layers=())
+    counted = tuner(engine, Target(max_kl=0.1))
+    on_cpu = counted._measured(config)["keys"]
+    monkeypatch.setattr(engine, "device", "cuda")
+    assert counted._measured(config)["keys"] == pytest.approx(on_cpu + 5 * 8, rel=0.25)
+    with pytest.raises(ValueError, match="context = 160: attention on a GPU is dense at this length"):
+        tuner(engine, Target(max_kl=0.1)).tune()
 
 
 def test_dropped_mass_of_a_case_worked_by_hand() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..engines.base import Engine
 from ..engines.model_file import fingerprint
+from ..engines.text import shown_name
 
 
 class Journal:
@@ -46,7 +47,7 @@ class Journal:
         opened = {
             "engine": " ".join([engine.name, engine.version, *([] if engine.device == "cpu" else ["cuda"])]),
             "model": engine.model,
-            "model file": fingerprint(engine.path),
+            "model file": shown_name(fingerprint(engine.path)),
         }
         return cls(path, {**opened, "text": _checksum(text), **more})
 
