@@ -85,7 +85,7 @@ README = str(Path(__file__).parents[2] / "README.md")
             )
             for call in (
                 ["bench-attention", "--tokens", "8"],
-                ["eval"],
+                ["eval", "--engine", "transformers"],
                 ["tune", "--max-kl", "1"],
                 ["report", "-o", "/tmp/page.html"],
             )
