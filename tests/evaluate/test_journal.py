@@ -91,3 +91,14 @@ def test_names_are_the_same_in_every_locale(tmp_path: Path, monkeypatch: pytest.
     for name in ("é.gguf 12 34", "\udcc3\udca9.gguf 12 34"):
         monkeypatch.setattr(journal, "fingerprint", lambda _, name=name: name)
         Journal.of(tmp_path / "j", engine, "text")
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    kept = Journal(tmp_path / "j", WORK)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        kept.get("a", lambda: 1)
+    assert caught.value.filename == str(tmp_path / "j")

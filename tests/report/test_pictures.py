@@ -142,3 +142,14 @@ def test_images_are_the_same_each_time(pictures: list[Picture], tmp_path: Path) 
     root = ElementTree.parse(files[0]).getroot()
     assert [child.tag for child in root[:2]] == [f"{SVG}title", f"{SVG}desc"]
     assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_a_picture_that_cannot_be_written_is_named(tmp_path: Path, ending: str) -> None:
+    (picture, *_) = sentence_figures.webs(made_up(("a", "b")))
+    file = tmp_path / f"{picture.name}.{ending}"
+    file.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space") as caught:
+        svg.write_images([picture], tmp_path)
+    assert caught.value.filename == str(file)

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import click
 
+from ..engines.naming import naming
 from ..engines.text import shown_name
 from ..report.tables import budget_text, markdown_table
 
@@ -95,7 +96,5 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
 
 def write_file(path: str, text: str) -> None:
     """UTF-8. Raises OSError that names the path, whatever goes wrong."""
-    try:
+    with naming(path):
         Path(path).write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from None

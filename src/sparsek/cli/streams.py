@@ -8,6 +8,8 @@ import os
 import sys
 from typing import Any, Final
 
+from ..engines.naming import naming
+
 _ERRORS: Final = "backslashreplace"  # for what the locale's characters cannot show
 
 
@@ -15,10 +17,8 @@ class _StandardOutput(io.FileIO):
     """Says in its errors what could not be written, as those of files do."""
 
     def write(self, data: Any, /) -> int:
-        try:
+        with naming("standard output"):
             return super().write(data)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def prepare() -> None:

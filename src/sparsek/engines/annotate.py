@@ -20,6 +20,7 @@ from typing import IO, Final
 from ..config import SparseKConfig
 from .gguf_header import GgufHeader, TensorPlace
 from .gguf_model import GgufModel, read_model, shard_name, shard_path
+from .naming import naming
 
 _PREFIX: Final = "sparsek."
 _OF_SHARDS: Final = "split."
@@ -58,7 +59,7 @@ def annotate(source: Path, target: Path, config: SparseKConfig | None, *, force:
     targets = _targets(model, target)
     for file in targets:
         _check_target(model.files, file, force=force)
-    with _naming(target), _replacing(targets) as files:
+    with naming(target), _replacing(targets) as files:
         if len(targets) == len(model.files):
             _copy(model, config, files)
         else:
@@ -89,17 +90,6 @@ def _check_target(sources: Iterable[Path], target: Path, *, force: bool) -> None
         raise ValueError(f"the output exists and is not a file: {target}")
     if not force:
         raise FileExistsError(f"the output exists (--force replaces it): {target}")
-
-
-@contextlib.contextmanager
-def _naming(target: Path) -> Iterator[None]:
-    """In an error that names no file, as of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 @contextlib.contextmanager

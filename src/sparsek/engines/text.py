@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from .naming import naming
+
 _UNFIT: Final = re.compile("[\0\ud800-\udfff]")
 _NO_BYTE: Final = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the other halves stand for bytes of names
 
@@ -69,10 +71,8 @@ def read_text_file(path: str, option: str) -> str:
         return decode_text(Path(path).read_bytes(), f"{option} {path}")
     if sys.stdin is None:
         raise ValueError(f"{option} - reads standard input, and there is none")
-    try:
+    with naming("standard input"):
         data = sys.stdin.buffer.read()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, "standard input") from None
     return decode_text(data, "standard input")
 
 

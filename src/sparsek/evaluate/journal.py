@@ -11,6 +11,7 @@ from typing import Any
 
 from ..engines.base import Engine
 from ..engines.model_file import fingerprint
+from ..engines.naming import naming
 from ..engines.text import shown_name
 
 
@@ -36,7 +37,8 @@ class Journal:
         if self._path.exists() and self._path.stat().st_size:
             self._read(self._path, work)
         else:
-            self._path.write_text(json.dumps({"work": work}) + "\n", encoding="utf-8")
+            with naming(path):
+                self._path.write_text(json.dumps({"work": work}) + "\n", encoding="utf-8")
 
     @classmethod
     def of(cls, path: str | Path | None, engine: Engine, text: str, **more: Any) -> Journal:
@@ -56,7 +58,7 @@ class Journal:
         if key not in self._found:
             result = make()
             if self._path is not None:
-                with self._path.open("a", encoding="utf-8") as file:
+                with naming(self._path), self._path.open("a", encoding="utf-8") as file:
                     line = {"key": key, "result": result, "checksum": _checksum(key, result)}
                     file.write(json.dumps(line) + "\n")
                     file.flush()

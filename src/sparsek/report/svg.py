@@ -19,6 +19,7 @@ from typing import Final, Literal
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from ..engines.naming import naming
 from . import palette
 
 _SVG: Final = "{http://www.w3.org/2000/svg}"
@@ -108,10 +109,13 @@ def write_images(pictures: list[Picture], folder: Path) -> list[Path]:
                 element = ElementTree.Element(f"{_SVG}{tag}")
                 element.text = text
                 root.insert(0, element)
-            file = folder / f"{picture.name}.svg"
-            file.write_bytes(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True))
-            png = folder / f"{picture.name}.png"
-            picture.figure.savefig(png, format="png", facecolor=palette.PAPER, metadata={"Software": None})
+            file, png = folder / f"{picture.name}.svg", folder / f"{picture.name}.png"
+            with naming(file):
+                file.write_bytes(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True))
+            with naming(png):
+                picture.figure.savefig(
+                    png, format="png", facecolor=palette.PAPER, metadata={"Software": None}
+                )
             written += [file, png]
     return written
 
