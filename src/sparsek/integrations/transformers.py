@@ -95,9 +95,9 @@ def _enable(model: Any, config: SparseKConfig) -> None:
             f"top_k has {len(config.top_k)} values and the model {text_config.num_hidden_layers} layers: "
             "must be one value per layer"
         )
-    before, was_on = _implementations(model), _is_on(model)
+    before = _implementations(model)
     model.set_attn_implementation(NAME)
-    if not was_on:
+    if NAME not in before.values():
         model._attention_before_sparsek = before
     for part in _configs(model):
         setattr(part, _FIELD, config.to_json())
@@ -372,7 +372,7 @@ def _refuse_class(module_class: type) -> None:
 
 def _is_on(model: Any) -> bool:
     """Whether Sparse-K is on in a part of the model; what is around it may not ask for attention by name."""
-    return any(config._attn_implementation == NAME for config in _configs(model))
+    return NAME in _implementations(model).values()
 
 
 def _implementations(model: Any) -> dict[str, str]:

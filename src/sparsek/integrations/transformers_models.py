@@ -30,11 +30,13 @@ _TABLE: Final = "ALL_ATTENTION_FUNCTIONS"  # where modules of Transformers look 
 
 
 def model_within(model: Any) -> Any:
-    """The Transformers model that `model` is, or that is in it: in what PEFT, torch.compile and others make.
+    """The Transformers model that `model` is, or the one in it: in what PEFT, torch.compile and others make.
 
     Raises:
         TypeError: there is none, or there are several side by side.
     """
+    if isinstance(model, PreTrainedModel):
+        return model
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     found = [module for module in modules if isinstance(module, PreTrainedModel)]
     if not found:
