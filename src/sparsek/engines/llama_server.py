@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +19,7 @@ from . import gguf_model
 from .base import check_fits
 from .gguf_model import GgufModel, not_finite, shard_path
 from .llama_model import LlamaModel
-from .model_file import find_model
+from .model_file import find_model, utf8_way_to
 
 _logger = logging.getLogger(__name__)
 _ERRORS, _INFORMATION = 1, 3  # levels of llama.cpp's log
@@ -96,7 +93,10 @@ def start(
     params.model_alias = {model.files.name}  # the name in answers; it would be the whole path
     for number in _ENDING:
         signal.signal(number, signal.SIG_DFL)  # Python's own handler would wait for the load
-    with _path_in_utf8(model.files) as params.model.path:
+    files = model.files.files
+    names = [shard_path(Path(), "model", i, len(files)).name for i in range(len(files))]
+    with utf8_way_to(files, names) as way:  # xllamacpp makes UTF-8 of it
+        params.model.path = str(way)
         try:
             server = xllamacpp.Server(params)
         except RuntimeError:
@@ -145,20 +145,6 @@ def _check_address(host: str, port: int) -> None:
             probe.listen()
     except OSError as error:
         raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
-
-
-@contextlib.contextmanager
-def _path_in_utf8(files: GgufModel) -> Iterator[str]:
-    """The model's path as xllamacpp takes it, which makes UTF-8 of it: while it loads, links with other names
-    where the bytes of the name are not that."""
-    try:
-        yield os.fsencode(files.path).decode()
-    except UnicodeDecodeError:
-        with tempfile.TemporaryDirectory() as folder:
-            links = [shard_path(Path(folder), "model", i, len(files.files)) for i in range(len(files.files))]
-            for link, file in zip(links, files.files, strict=True):
-                link.symlink_to(file.absolute())
-            yield str(links[0])
 
 
 def _params(host: str, port: int, tokens: int, parallel: int, threads: int | None) -> Any:

