@@ -6,7 +6,13 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
+#include <atomic>
 #include <chrono>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -87,11 +93,30 @@ class Signals {
     std::chrono::steady_clock::time_point next_ = std::chrono::steady_clock::now();
 };
 
+// The OpenMP of the process, by the entry that GCC's, LLVM's and Intel's have in common.
+using OpenMP = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+std::atomic<OpenMP> openmp{nullptr};
+
+bool use_openmp() {
+#if defined(__linux__)
+    void* found = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    OpenMP parallel;
+    std::memcpy(&parallel, &found, sizeof found);
+    openmp = parallel;
+#endif
+    return openmp != nullptr;
+}
+
+void on_openmp(void (*body)(void*), void* data, int threads) {
+    openmp.load()(body, data, static_cast<unsigned>(threads), 0);
+}
+
 // Runs without the GIL. Throws what a signal handler raised.
 template <typename Call>
 void solve(int num_threads, Call call) {
     Signals signals;
-    const Options options = {num_threads, active_isa(), Signals::pending, &signals};
+    const Parallel parallel = openmp != nullptr ? on_openmp : nullptr;
+    const Options options = {num_threads, active_isa(), Signals::pending, &signals, parallel};
     Status status = Status::done;
     {
         const nb::gil_scoped_release release;
@@ -163,6 +188,7 @@ NB_MODULE(_core, m) {
         return names;
     });
     m.def("num_threads", &num_threads);
+    m.def("use_openmp", &use_openmp);
 
     using namespace nb::literals;
     // Without the GIL: another thread may hold the index and wait for the GIL to look at signals.

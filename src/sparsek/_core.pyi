@@ -24,6 +24,10 @@ def num_threads() -> int:
         ValueError: SPARSEK_NUM_THREADS is no whole number from 1 to 1024.
     """
 
+def use_openmp() -> bool:
+    """From now on calls in this process run on the threads of its OpenMP, which a host may have bound to
+    processors, and which would go on spinning beside ours. False where there is no OpenMP in the process."""
+
 class KeyIndex:
     """See sparsek.KeyIndex. Threads may share it. Made anew where it does not fit k and v."""
 

@@ -54,9 +54,9 @@ def test_small_models_need_longer_prompts() -> None:
     small: dict[str, Any] = {"heads": (9, 3), "head_size": 64}
     assert dense_is_better(auto(8192, 8192, **small))
     assert not dense_is_better(auto(16384, 16384, **small))
-    assert break_even.prompt_is_dense(8192, 9 * 64)
-    assert not break_even.prompt_is_dense(8192, 32 * 128)
-    assert break_even.prompt_is_dense(4096, 64 * 32 * 128)
+    assert break_even.prompt_is_dense(8192, 8192, 9 * 64)
+    assert not break_even.prompt_is_dense(8192, 8192, 32 * 128)
+    assert break_even.prompt_is_dense(4096, 4096, 64 * 32 * 128)
 
 
 @pytest.mark.parametrize(

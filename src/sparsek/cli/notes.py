@@ -25,7 +25,9 @@ def note_dense(
     channels_on_gpu: of all heads of queries together, where attention is on a GPU."""
     selects = {config.select for config in configs if config is not None}
     if channels_on_gpu is not None and "auto" in selects:
-        dense = sorted({context for context in contexts if prompt_is_dense(context, channels_on_gpu)})
+        dense = sorted(
+            {context for context in contexts if prompt_is_dense(context, context, channels_on_gpu)}
+        )
         if dense:
             note(
                 f"at {', '.join(map(str, dense))} tokens attention on a GPU is dense whatever K is, for that "

@@ -150,7 +150,7 @@ class Tuner:
             )
         channels = self.engine.num_heads * self.engine.head_size
         on_auto = self.engine.device == "cuda" and self.form.select == "auto"
-        if on_auto and prompt_is_dense(self.windows.context, channels):
+        if on_auto and prompt_is_dense(self.windows.context, self.windows.context, channels):
             raise ValueError(
                 f"context = {self.windows.context}: attention on a GPU is dense at this length, for that is "
                 "faster, take a longer --context or --select tile"

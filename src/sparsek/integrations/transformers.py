@@ -213,7 +213,9 @@ def _is_short(
     if num_queries == 1:
         short = break_even.step_is_dense(key)
     else:
-        short = num_queries == num_keys and break_even.prompt_is_dense(num_keys, batch * heads * size)
+        short = num_queries == num_keys and break_even.prompt_is_dense(
+            num_keys, num_keys, batch * heads * size
+        )
     if short and parsed.select == "auto":
         return True
     rule = resolve(on_gpu(parsed), num_keys, layer=layer, context=sliding_window)

@@ -41,16 +41,12 @@ def dense_by_size(p: Problem) -> bool:
         return p.keeps_all
     if p.num_queries == 1:
         return p.index is None or step_is_dense(p.k)
-    return _is_little(p.num_queries, p.num_keys, p.q.shape[0] * p.q.shape[1] * p.q.shape[3])
+    return prompt_is_dense(p.num_queries, p.num_keys, p.q.shape[0] * p.q.shape[1] * p.q.shape[3])
 
 
-def prompt_is_dense(tokens: int, channels: int) -> bool:
-    """Whether a prompt of so many tokens is attended to densely, for it is faster. channels: of all heads of
-    queries together, and of all batch entries."""
-    return _is_little(tokens, tokens, channels)
-
-
-def _is_little(queries: int, keys: int, channels: int) -> bool:
+def prompt_is_dense(queries: int, keys: int, channels: int) -> bool:
+    """Whether prompts are attended to densely, for it is faster: the last `queries` of so many keys.
+    channels: of all heads of queries together, and of all batch entries."""
     pairs = queries * (keys - queries // 2)
     return pairs < _PROMPT_PAIRS or pairs * channels < _PROMPT_WORK
 

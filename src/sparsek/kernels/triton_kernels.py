@@ -47,7 +47,7 @@ def _few_bits(x, exists, dtype: tl.constexpr, PADDED: tl.constexpr):
     return tl.where(exists, y, tl.zeros_like(y)) if PADDED else y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_batch", "k_batch", "v_batch", "num_queries", "num_keys", "num_blocks"])
 def prepare(
     q, k, v, low, k_mean, low_mean, v_mean, units, seen,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
@@ -166,7 +166,7 @@ def _accumulate(peak, total, scores):
     return higher, total * tl.exp2(peak - higher) + tl.sum(tl.exp2(scores - higher[:, None]), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_batch", "num_queries", "first"])
 def normalise(
     q, low, low_mean, units, low_q, normaliser, starts, stops,
     q_batch, q_head, q_token, kv_heads, num_queries, padded, first, scale,
@@ -224,7 +224,7 @@ def normalise(
 # ---- The scores of keys for a tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "first", "slab", "all_programs"])
 def score(
     low_q, low, units, normaliser, scores, groups, starts, stops, tiles,
     kv_heads, num_queries, padded, first, slab, all_programs, scale,
@@ -336,7 +336,7 @@ def _largest_of(source, at, mask, row_size, SUBS: tl.constexpr):
     return tl.where(mask, _ordered(x), FLOOR)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slab", "all_tiles"])
 def choose(
     scores, groups, lists, counts, hits, tail, tiles, kv_heads, padded, first, slab, all_tiles,
     T: tl.constexpr, SUBS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
@@ -414,7 +414,19 @@ def _attend(values, peak, total, acc, scores):
     return higher, total, tl.dot(weights.to(values.dtype), values, acc * fading[:, None])
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "q_batch",
+        "k_batch",
+        "v_batch",
+        "o_batch",
+        "num_queries",
+        "num_keys",
+        "num_blocks",
+        "first",
+        "all_tiles",
+    ]
+)
 def attend(
     q, k, v, k_mean, v_mean, lists, counts, tail, out, starts, stops, tiles,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,

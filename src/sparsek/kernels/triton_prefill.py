@@ -27,6 +27,8 @@ from importlib.util import find_spec
 from typing import Any, Final
 
 from ..arrays import Array, is_torch, wants_gradient
+from ..config import SparseKConfig
+from ..policy import resolve
 from ..problem import Problem
 from ..selection import Selection
 
@@ -95,6 +97,18 @@ def _why_not_so(p: Problem) -> str | None:
     if reason is None and p.mask is not None and p.ranges is None:  # last: it looks at the whole mask
         return "the mask is not one range of keys for each row"
     return reason
+
+
+def variants(config: SparseKConfig, queries: int, longest: int) -> list[tuple[int, int]]:
+    """Calls after which no other kernel will be compiled for causal calls of up to `queries` rows over up to
+    `longest` keys, of other numbers and otherwise alike: (keys, rows), the largest last."""
+    lists = {resolve(config, 1 << i).top_k for i in range(longest.bit_length() + 1)}
+    edges = {1 << i for i in range(longest.bit_length())} | {keys * _GROUP for keys in lists}
+    counts = {keys for edge in edges for keys in (edge, edge + 1)} | {longest}
+    few = [(n, min(n, queries, _COLUMNS)) for n in sorted(counts) if n <= longest]
+    return [(n, rows) for n, rows in few if not resolve(config, n).keeps_all(n)] + [
+        (longest, min(longest, queries))
+    ]
 
 
 def attention(p: Problem) -> Array:
@@ -323,8 +337,7 @@ class _Call:
 
     def _choose(self, start: int, tiles: int) -> None:
         rule = self.p.rule
-        end = min((self.first // rule.tile + start + tiles) * rule.tile, self.p.num_keys)
-        groups = -(-end // _GROUP)
+        groups = -(-self.p.num_keys // _GROUP)
         rows = max(16, power_of_2(rule.top_k if self.grouped else groups))
         self.kernels.choose[tiles, self.lanes](
             self.scores, self.groups, self.lists, self.counts, self.hits, self.tail, self.of_tiles,

@@ -1,0 +1,91 @@
+"""Sparse-K in vLLM on the CPU: the backend CPU_ATTN, where CUSTOM is asked for."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+
+from .. import _core
+from .vllm_backend import PlanningBuilder, SparseLayer
+from .vllm_cpu_cache import Packing
+
+
+def __getattr__(name: str) -> Any:
+    """`Backend`: ours where CUSTOM was asked for, and the host's own for everybody else."""
+    if name != "Backend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    asked = getattr(get_current_vllm_config().attention_config, "backend", None)
+    return SparseBackend if getattr(asked, "name", None) == "CUSTOM" else CPUAttentionBackend
+
+
+class Builder(PlanningBuilder, CPUAttentionMetadataBuilder):  # type: ignore[misc]
+    """The host's, with plans."""
+
+
+class Layer(SparseLayer, CPUAttentionBackendImpl):  # type: ignore[misc]
+    """The host's, with Sparse-K for prompts."""
+
+    device, kernel = "cpu", "cpu"
+    _spaces: ClassVar[dict[tuple[Any, ...], torch.Tensor]] = {}  # that all layers share
+    _packings: ClassVar[dict[tuple[Any, ...], Packing | None]] = {}
+    _packing: Packing | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _core.use_openmp()
+
+    def why_not_readable(self, layer: Any, kv_cache: torch.Tensor) -> str | None:
+        key = (kv_cache.shape[1:], kv_cache.dtype, kv_cache.is_contiguous())
+        if key not in self._packings:
+
+            def write(
+                key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor
+            ) -> None:
+                self.do_kv_cache_update(layer, key, value, cache, slots)
+
+            self._packings[key] = Packing.learn(write, kv_cache)
+        self._packing = self._packings[key]
+        return "its cache is packed in a way we do not know" if self._packing is None else None
+
+    def reserve(self, layer: Any, query: torch.Tensor) -> str | None:  # noqa: ARG002
+        self._space(query.dtype, self.longest)
+        return None
+
+    def pages(self, kv_cache: torch.Tensor, numbers: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, ...]:
+        assert self._packing is not None
+        block = kv_cache.shape[2]
+        count = -(-num_keys // block)
+        space, unpacked = self._space(kv_cache.dtype, count * block), []
+        for which in range(2):
+            out = space[which, :, : count * block]
+            self._packing.unpack(kv_cache, numbers[:count].long(), which, out)
+            unpacked.append(out[None, :, :num_keys])
+        return tuple(unpacked)
+
+    def _space(self, dtype: torch.dtype, tokens: int) -> torch.Tensor:
+        """[2, Hkv, at least `tokens`, D]."""
+        key = (dtype, self.num_kv_heads, self.head_size)
+        space = self._spaces.get(key)
+        if space is None or space.shape[2] < tokens:
+            space = torch.zeros(2, self.num_kv_heads, tokens, self.head_size, dtype=dtype)
+            self._spaces[key] = space
+        return space
+
+
+class SparseBackend(CPUAttentionBackend):  # type: ignore[misc]
+    """The host's, with Sparse-K."""
+
+    @staticmethod
+    def get_impl_cls() -> type[Layer]:
+        return Layer
+
+    @staticmethod
+    def get_builder_cls() -> type[Builder]:
+        return Builder

@@ -1,0 +1,105 @@
+"""Sparse-K in vLLM on CUDA: the backend CUSTOM, which is flash attention with Sparse-K for long prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar, Final
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from ..kernels import triton_prefill
+from ..policy import on_gpu
+from .vllm_backend import PlanningBuilder, SparseLayer
+
+if not current_platform.is_cuda():
+    raise ImportError(
+        f"Sparse-K in vLLM is for CUDA and the CPU, and this platform is {current_platform.device_name}: "
+        "serve without --attention-backend CUSTOM"
+    )
+
+_MOST_OF_A_PAGE: Final = 4096  # tokens
+
+
+class Builder(PlanningBuilder, FlashAttentionMetadataBuilder):  # type: ignore[misc]
+    """The host's, with plans."""
+
+
+class Layer(SparseLayer, FlashAttentionImpl):  # type: ignore[misc]
+    """The host's, with Sparse-K for prompts."""
+
+    device, kernel = "cuda", "triton_prefill"
+    _spaces: ClassVar[dict[tuple[Any, ...], torch.Tensor]] = {}  # that all layers share
+    _reserved: ClassVar[dict[tuple[Any, ...], str | None]] = {}
+
+    def why_not_readable(self, layer: Any, kv_cache: torch.Tensor) -> str | None:  # noqa: ARG002
+        expected = (2, self.num_kv_heads, self.head_size)
+        if kv_cache.ndim != 5 or (kv_cache.shape[1], *kv_cache.shape[3:]) != expected:
+            return (
+                f"its cache is {list(kv_cache.shape)}, and [blocks, 2, block, {self.num_kv_heads}, "
+                f"{self.head_size}] is the one that we can read"
+            )
+        return None
+
+    def reserve(self, layer: Any, query: torch.Tensor) -> str | None:  # noqa: ARG002
+        key = (query.device, query.dtype, self.num_heads, self.num_kv_heads, self.head_size, self.longest)
+        if key not in self._reserved:
+            try:
+                self._reserve(query)
+                self._reserved[key] = None
+            except ValueError as error:  # of the kernel, which does not do such calls
+                self._reserved[key] = str(error)
+        return self._reserved[key]
+
+    def _reserve(self, query: torch.Tensor) -> None:
+        assert self.sparsek is not None
+        config = replace(on_gpu(self.sparsek), dense_layers=(), min_context=0)
+        space = self._space(query.dtype, query.device, self.longest + _MOST_OF_A_PAGE)
+        k, v = (x[None].transpose(1, 2) for x in space)
+        budgets = config.top_k if isinstance(config.top_k, tuple) else (config.top_k,)
+        for budget in sorted(set(budgets), key=str):
+            of_budget = replace(config, top_k=budget)
+            for keys, rows in triton_prefill.variants(of_budget, len(query), self.longest):
+                self.attend(query[:rows], k[:, :, :keys], v[:, :, :keys], of_budget, None)
+
+    def pages(self, kv_cache: torch.Tensor, numbers: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, ...]:
+        block = kv_cache.shape[2]
+        count = -(-num_keys // block)
+        space, gathered = self._space(kv_cache.dtype, kv_cache.device, count * block), []
+        for pages, out in zip(kv_cache.unbind(1), space, strict=True):
+            into = out[: count * block].view(count, *pages.shape[1:])
+            if pages[0].is_contiguous():  # eight bytes at a time
+                pages, into = (x.view(torch.int64).flatten(1) for x in (pages, into))
+            torch.index_select(pages, 0, numbers[:count], out=into)
+            gathered.append(out[None, :num_keys].transpose(1, 2))
+        return tuple(gathered)
+
+    def _space(self, dtype: torch.dtype, device: torch.device, tokens: int) -> torch.Tensor:
+        """[2, at least `tokens`, Hkv, D]."""
+        key = (dtype, device, self.num_kv_heads, self.head_size)
+        space = self._spaces.get(key)
+        if space is None or space.shape[1] < tokens:
+            space = torch.zeros(2, tokens, self.num_kv_heads, self.head_size, dtype=dtype, device=device)
+            self._spaces[key] = space
+        return space
+
+
+class Backend(FlashAttentionBackend):  # type: ignore[misc]
+    """The host's, with Sparse-K."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[Layer]:
+        return Layer
+
+    @staticmethod
+    def get_builder_cls() -> type[Builder]:
+        return Builder
