@@ -78,6 +78,11 @@ COLUMNS: Final[list[Column]] = [
     metavar="X",
     help="Stretch positions, for prompts X times as long as the model's context; engine llama, speed only.",
 )
+@click.option(
+    "--random-weights",
+    is_flag=True,
+    help="The model directory has a config.json alone: weights of that shape, for speed; engine vllm.",
+)
 @click.option("--text", metavar="FILE", help="Text to make prompts of.  [default: Python's own manual]")
 @rule_options
 @common_options
@@ -93,6 +98,7 @@ def command(
     repetitions: int,
     flash_attention: bool,
     rope_scale: int,
+    random_weights: bool,
     text: str | None,
     threads: int | None,
     seed: int,  # noqa: ARG001
@@ -121,7 +127,13 @@ def command(
         raise click.UsageError("nothing to measure: -p and -n are both 0")
     _, words = read_text(text)
     opened = load(
-        engine, model, threads, device=device, flash_attention=flash_attention, rope_scale=rope_scale
+        engine,
+        model,
+        threads,
+        device=device,
+        flash_attention=flash_attention,
+        rope_scale=rope_scale,
+        random_weights=random_weights,
     )
     configs = make_configs(top_k, opened.model_config, **rule)
     if top_k is None:

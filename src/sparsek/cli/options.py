@@ -82,7 +82,7 @@ device_option = click.option(
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="cuda: the engine transformers on a GPU.",
+    help="cuda: the engines transformers and vllm on a GPU.",
 )
 
 model_options = _stacked(

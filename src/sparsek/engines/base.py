@@ -21,6 +21,7 @@ Observer = Callable[[int, Problem, Any], None]
 ENGINES: Final = {
     "llama": ("sparsek.engines.llama", "LlamaEngine", "xllamacpp"),
     "transformers": ("sparsek.engines.transformers", "TransformersEngine", "transformers"),
+    "vllm": ("sparsek.engines.vllm", "VllmEngine", "vllm"),
 }
 
 
@@ -37,6 +38,14 @@ class Part:
     config: SparseKConfig | None
     step: int | None = None
     scored: int = 1
+
+
+@dataclass(frozen=True)
+class RequestTimes:
+    """Of one request, in seconds after it was sent: when its first token came, and its last."""
+
+    first: float
+    last: float
 
 
 def check_fits(tokens: int, context_length: int) -> None:
@@ -63,6 +72,7 @@ class Engine(Protocol):
         num_layers, num_heads, head_size, num_parameters: of the model.
         context_length: the most tokens the model was made for.
         model_config: the Sparse-K configuration that the model file carries, or None.
+        sparse_layers: whose attention Sparse-K can compute; None where a short prompt tells it.
         generation_goes_on: whether each call of what `generation` returns begins where the one before it
             ended, as on a GPU, where a library may plan its kernels for every new number of keys.
     """
@@ -79,6 +89,7 @@ class Engine(Protocol):
     num_parameters: int
     context_length: int
     model_config: SparseKConfig | None
+    sparse_layers: list[int] | None
     generation_goes_on: bool
 
     def encode(self, text: str) -> list[int]:
@@ -120,6 +131,8 @@ class Engine(Protocol):
 def attending_layers(engine: Engine) -> list[int]:
     """The layers whose attention Sparse-K can compute: not all in a hybrid model, and none where a model has
     no attention or the engine keeps it to itself. Costs a short prompt."""
+    if engine.sparse_layers is not None:
+        return engine.sparse_layers
     found: set[int] = set()
     with engine.observed(lambda layer, _problem, _out: found.add(layer)):
         for _ in engine.prompt(engine.encode("The")[-1:] * _SHORT_PROMPT, KEEP_ALL):
@@ -146,6 +159,7 @@ def open_engine(
     flash_attention: bool = True,
     rope_scale: float = 1.0,
     device: str = "cpu",
+    random_weights: bool = False,
 ) -> Engine:
     """Load a model.
 
@@ -155,7 +169,8 @@ def open_engine(
         flash_attention: whether dense attention is to be flash attention, in engines that have a choice.
         rope_scale: positions are divided by it, so that the model takes contexts that much longer than it was
             trained for: to measure speed, for quality suffers.
-        device: "cpu", or "cuda" in the engine transformers.
+        device: "cpu", or "cuda" in the engines transformers and vllm.
+        random_weights: of the shape that the model's config.json says, to measure speed; engine vllm.
 
     Raises:
         ValueError: unknown engine; it does not run on the device, or there is none; what is loaded is not a
@@ -169,12 +184,16 @@ def open_engine(
     if find_spec(package) is None:
         raise ImportError(f"engine {name!r} is not installed: pip install 'sparsek[{name}]'")
     make = getattr(import_module(module), class_name)
-    if device != "cpu" and name != "transformers":
+    if device != "cpu" and name == "llama":
         raise ValueError(
-            f"the engine {name} runs on the CPU here: device {device!r} needs the engine transformers"
+            f"the engine {name} runs on the CPU here: device {device!r} needs the engine transformers or vllm"
         )
-    where = {} if device == "cpu" else {"device": device}
+    if random_weights and name != "vllm":
+        raise ValueError(f"the engine {name} needs a model's weights: random ones are for the engine vllm")
+    options: dict[str, Any] = {} if device == "cpu" else {"device": device}
+    if random_weights:
+        options["random_weights"] = True
     engine: Engine = make(
-        model, threads=threads, flash_attention=flash_attention, rope_scale=rope_scale, **where
+        model, threads=threads, flash_attention=flash_attention, rope_scale=rope_scale, **options
     )
     return engine

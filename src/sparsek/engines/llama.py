@@ -25,6 +25,7 @@ class LlamaEngine:
 
     name = "llama"
     device = "cpu"
+    sparse_layers = None
 
     def __init__(
         self,

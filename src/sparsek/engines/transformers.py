@@ -30,6 +30,7 @@ class TransformersEngine:
 
     name = "transformers"
     version = transformers.__version__
+    sparse_layers = None
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ Observer = Callable[[int, Problem, torch.Tensor], None]
 
 log = init_logger("vllm.plugins.sparsek")
 _observers: list[Observer] = []
+operations = {"sparse": 0, "host": 0}  # layers of batches so far, by who computed the prompts in them
 _HEAD_SIZE: Final = 256
 _GROUP_HEADS: Final = 16
 _CACHE_DTYPES: Final = ("auto", "float16", "bfloat16", "float32")
@@ -117,6 +118,10 @@ class SparseLayer:
         self.longest = int(vllm_config.model_config.max_model_len)
         _tell(config)
 
+    def host_name(self) -> str:
+        """The host's own attention, in words."""
+        raise NotImplementedError
+
     def why_not_readable(self, layer: Any, kv_cache: torch.Tensor) -> str | None:
         """Why the host's cache is not one that we can read, or None."""
         raise NotImplementedError
@@ -159,10 +164,12 @@ class SparseLayer:
             else:
                 plan = getattr(attn_metadata, "sparsek", None)
         if plan is None or not self._readable(layer, kv_cache) or self._keeps_all(plan, number_of(layer)):
+            operations["host"] += 1
             done: torch.Tensor = host(
                 layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
             )
             return done
+        operations["sparse"] += 1
         if plan.rest is not None:
             metadata, rows = plan.rest
             _of_rows(host, rows, layer, query, key, value, kv_cache, metadata, output)

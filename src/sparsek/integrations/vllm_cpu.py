@@ -41,6 +41,9 @@ class Layer(SparseLayer, CPUAttentionBackendImpl):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         _core.use_openmp()
 
+    def host_name(self) -> str:
+        return "CPU_ATTN"
+
     def why_not_readable(self, layer: Any, kv_cache: torch.Tensor) -> str | None:
         key = (kv_cache.shape[1:], kv_cache.dtype, kv_cache.is_contiguous())
         if key not in self._packings:

@@ -37,6 +37,9 @@ class Layer(SparseLayer, FlashAttentionImpl):  # type: ignore[misc]
     _spaces: ClassVar[dict[tuple[Any, ...], torch.Tensor]] = {}  # that all layers share
     _reserved: ClassVar[dict[tuple[Any, ...], str | None]] = {}
 
+    def host_name(self) -> str:
+        return f"FLASH_ATTN {self.vllm_flash_attn_version}"
+
     def why_not_readable(self, layer: Any, kv_cache: torch.Tensor) -> str | None:  # noqa: ARG002
         expected = (2, self.num_kv_heads, self.head_size)
         if kv_cache.ndim != 5 or (kv_cache.shape[1], *kv_cache.shape[3:]) != expected:

@@ -1,0 +1,247 @@
+"""The engine `vllm`: a model in vLLM, in this process; dense is vLLM's own attention, switched by request."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any, Final
+
+import torch
+
+# Before vLLM is loaded: one process, so that attention can be switched and looked at; no report of the use.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB
+
+import vllm
+
+from ..config import SparseKConfig
+from ..integrations import vllm_backend as integration
+from ..problem import Problem
+from .base import Observer, Part, RequestTimes, check_device
+from .model_file import find_model
+from .text import check_text, shown_name
+from .transformers_loading import first_line
+from .transformers_text import Tokenizer
+
+_LOGIT_ROWS: Final = 256  # rows of [rows, vocabulary] held at once
+_CHUNK: Final = {"cuda": 8192, "cpu": 2048}  # tokens of a batch, as vLLM's server has it
+_PROCESSES: Final = "WORLD_SIZE"  # as torchrun sets it
+
+
+class VllmEngine:
+    """See `base.Engine`. Runs in the model's own dtype. Under `torchrun` with several processes the model is
+    divided among them (tensor parallel); each then takes part in every call."""
+
+    name = "vllm"
+    version = vllm.__version__
+    generation_goes_on = False
+
+    def __init__(
+        self,
+        model: str | None,
+        *,
+        threads: int | None = None,
+        device: str = "cpu",
+        flash_attention: bool = True,  # noqa: ARG002  it is flash attention
+        rope_scale: float = 1.0,
+        random_weights: bool = False,
+    ) -> None:
+        if rope_scale != 1.0:
+            raise ValueError("the engine vllm cannot stretch positions: use the engine llama for that")
+        check_device(device)
+        platform = "cpu" if vllm.platforms.current_platform.is_cpu() else "cuda"
+        if device != platform:
+            raise ValueError(f"this vLLM is one for --device {platform}, and {device!r} was given")
+        if threads is not None:
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # vLLM goes by it
+            torch.set_num_threads(threads)
+        self.device, self.path = device, find_model(model)
+        if not self.path.is_dir():
+            raise ValueError(f"the engine vllm takes a model directory, and this is a file: {self.path}")
+        self.model, self.model_config = shown_name(self.path.resolve().name), None
+        has_tokenizer = any(self.path.glob("tokenizer*"))
+        self._tokenizer = Tokenizer(self.path, {}) if has_tokenizer or not random_weights else _Bytes()
+        self._llm = self._load("dummy" if random_weights else "auto")
+        (worker,) = self._llm.collective_rpc(lambda worker: worker)
+        self._runner = worker.model_runner
+        config = self._llm.llm_engine.model_config
+        self.context_length = int(config.max_model_len) - 1  # one token is always generated
+        self.num_layers = int(config.hf_text_config.num_hidden_layers)
+        self.num_heads = int(config.hf_text_config.num_attention_heads)
+        self.head_size = int(config.get_head_size())
+        self.num_parameters = sum(p.numel() for p in self._runner.model.parameters())
+        contexts = self._llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        impls = {name: getattr(layer, "impl", None) for name, layer in contexts.items()}
+        self._layers = [x for x in impls.values() if isinstance(x, integration.SparseLayer)]
+        self._layers = [x for x in self._layers if x.why_not is None]
+        self.sparse_layers = sorted(
+            number
+            for name, layer in contexts.items()
+            if impls[name] in self._layers and (number := integration.number_of(layer)) is not None
+        )
+        self.dense = self._layers[0].host_name() if self._layers else "vllm"
+        self._requests = 0
+
+    def _load(self, load_format: str) -> Any:
+        processes = int(os.environ.get(_PROCESSES, "1"))
+        parallel: dict[str, Any] = {}
+        if processes > 1:
+            parallel = {
+                "tensor_parallel_size": processes,
+                "distributed_executor_backend": "external_launcher",
+            }
+        try:
+            return vllm.LLM(
+                str(self.path),
+                attention_backend="CUSTOM",
+                load_format=load_format,
+                skip_tokenizer_init=True,
+                max_num_batched_tokens=_CHUNK[self.device],
+                enable_prefix_caching=False,
+                disable_log_stats=True,
+                additional_config={"sparsek": {}},
+                **parallel,
+            )
+        except Exception as error:  # of many kinds
+            raise ValueError(f"vLLM cannot load {self.path}: {first_line(error)}") from error
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def encode_chat(self, text: str) -> list[int]:
+        return self._tokenizer.encode_chat(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens)
+
+    def prompt(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[tuple[int, float]]:
+        (times,) = self.requests([tokens], 1, config)
+        yield len(tokens), times.first
+
+    def generation(self, depth: list[int], count: int, config: SparseKConfig | None) -> Callable[[], float]:
+        tokens = depth or self.encode("The")[:1]  # generation begins from something
+
+        def once() -> float:
+            (times,) = self.requests([tokens], count + 1, config)
+            return times.last - times.first
+
+        return once
+
+    def requests(
+        self, prompts: Sequence[list[int]], count: int, config: SparseKConfig | None
+    ) -> list[RequestTimes]:
+        start = time.perf_counter()
+        first: dict[int, float] = {}
+        last: dict[int, float] = {}
+        for outputs in self._run(prompts, count, config, ignore_end=True):
+            now = time.perf_counter() - start
+            for number, tokens in outputs.items():
+                if tokens:
+                    first.setdefault(number, now)
+                    last[number] = now
+        return [RequestTimes(first[i], last[i]) for i in range(len(prompts))]
+
+    def generate(self, tokens: list[int], count: int, config: SparseKConfig | None) -> Iterator[int]:
+        told = 0
+        for outputs in self._run([tokens], count, config, ignore_end=False):
+            for token in outputs.get(0, [])[told:]:
+                told += 1
+                yield token
+
+    def observed(
+        self, observer: Observer, layers: Container[int] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        def of_layers(layer: int, problem: Problem, out: Any) -> None:
+            if layers is None or layer in layers:
+                observer(layer, problem, out)
+
+        return integration.observed(of_layers)
+
+    def operations(self) -> dict[str, int]:
+        return dict(integration.operations)
+
+    def logits(self, parts: Sequence[Part]) -> Iterator[torch.Tensor]:
+        if len(parts) != 1 or parts[0].step is not None:
+            raise ValueError(
+                "the engine vllm computes a sequence in one way from its beginning to its end: "
+                "use the engine llama or transformers for anything else"
+            )
+        (part,) = parts
+        states = self._states(part)
+        for chunk in states:
+            for row in range(0, len(chunk), _LOGIT_ROWS):
+                with torch.inference_mode():
+                    logits = self._runner.model.compute_logits(chunk[row : row + _LOGIT_ROWS]).float()
+                if not bool(torch.isfinite(logits).all()):
+                    raise ValueError(f"the logits of {self.model} are not finite: are its weights damaged?")
+                yield logits
+
+    def _states(self, part: Part) -> list[torch.Tensor]:
+        """The last hidden states of the tokens that are scored, in the pieces in which vLLM computes them."""
+        left, first = len(part.tokens), 0
+        states: list[torch.Tensor] = []
+
+        def keep(_module: Any, _inputs: Any, out: Any) -> None:
+            nonlocal left, first
+            rows = min(left, _CHUNK[self.device])
+            if rows and part.scored:
+                states.append(out[-first % part.scored : rows : part.scored].clone())
+            left, first = left - rows, first + rows
+
+        hook = self._runner.model.register_forward_hook(keep)
+        try:
+            for _ in self._run([part.tokens], 1, part.config, ignore_end=True):
+                pass
+        finally:
+            hook.remove()
+        return states
+
+    def _run(
+        self, prompts: Sequence[list[int]], count: int, config: SparseKConfig | None, *, ignore_end: bool
+    ) -> Iterator[dict[int, list[int]]]:
+        """Greedy continuations, all at once: after each step, the tokens so far of those that went on."""
+        engine = self._llm.llm_engine
+        if config is not None:
+            config.check_layers(self.num_layers)
+        params = vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=ignore_end, detokenize=False)
+        numbers = {}
+        for number, tokens in enumerate(prompts):
+            self._requests += 1
+            numbers[str(self._requests)] = number
+            engine.add_request(str(self._requests), {"prompt_token_ids": tokens}, params)
+        open_requests = set(numbers)
+        try:
+            while open_requests:
+                with self._attending(config):  # not across the yield: others may use the model in between
+                    outputs = engine.step()
+                open_requests -= {out.request_id for out in outputs if out.finished}
+                yield {numbers[out.request_id]: list(out.outputs[0].token_ids) for out in outputs}
+        finally:
+            if open_requests:
+                engine.abort_request(list(open_requests), internal=False)
+
+    @contextlib.contextmanager
+    def _attending(self, config: SparseKConfig | None) -> Iterator[None]:
+        for layer in self._layers:
+            layer.sparsek = config
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.sparsek = None
+
+
+class _Bytes:
+    """Tokens for a model without a tokenizer, whose weights are random anyway: the bytes of a text."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(check_text(text).encode())
+
+    encode_chat = encode
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(token % 256 for token in tokens).decode(errors="replace")
