@@ -29,7 +29,7 @@ using namespace sparsek;
 namespace {
 
 using Array = nb::ndarray<nb::ro, nb::device::cpu>;
-using OutArray = nb::ndarray<nb::device::cpu, nb::c_contig>;
+using OutArray = nb::ndarray<nb::device::cpu>;
 
 DType dtype_of(const Array& x) {
     if (x.dtype() == nb::dtype<float>()) return DType::f32;

@@ -61,7 +61,7 @@ def attention(
     """Sparse-K attention into `out`; dense where `top_k` is the number of keys. Nothing is checked.
 
     q [B, H, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] of one dtype (float32, float16, bfloat16) with
-    their last axis contiguous; out [B, H, Tq, Dv] contiguous; mask bytes [1|B, 1|H, 1|Tq, 1|Tk], nonzero =
+    their last axis contiguous; out [B, H, Tq, Dv] likewise; mask bytes [1|B, 1|H, 1|Tq, 1|Tk], nonzero =
     allowed; index: of k and v, or None. Runs without the GIL; a signal handler's exception (Ctrl-C) ends the
     call.
     """

@@ -29,6 +29,8 @@ from .transformers_text import Tokenizer
 
 _LOGIT_ROWS: Final = 256  # rows of [rows, vocabulary] held at once
 _CHUNK: Final = {"cuda": 8192, "cpu": 2048}  # tokens of a batch, as vLLM's server has it
+_MEMORY: Final = 0.7  # of the device, for vLLM: verifying needs some too
+_SPREAD: Final = 0.02  # of random weights
 _PROCESSES: Final = "WORLD_SIZE"  # as torchrun sets it
 
 
@@ -68,6 +70,8 @@ class VllmEngine:
         self._llm = self._load("dummy" if random_weights else "auto")
         (worker,) = self._llm.collective_rpc(lambda worker: worker)
         self._runner = worker.model_runner
+        if random_weights:
+            _randomise(self._runner.model)
         config = self._llm.llm_engine.model_config
         self.context_length = int(config.max_model_len) - 1  # one token is always generated
         self.num_layers = int(config.hf_text_config.num_hidden_layers)
@@ -103,6 +107,7 @@ class VllmEngine:
                 max_num_batched_tokens=_CHUNK[self.device],
                 enable_prefix_caching=False,
                 disable_log_stats=True,
+                gpu_memory_utilization=_MEMORY,
                 additional_config={"sparsek": {}},
                 **parallel,
             )
@@ -233,6 +238,20 @@ class VllmEngine:
         finally:
             for layer in self._layers:
                 layer.sparsek = None
+
+
+@torch.no_grad()
+def _randomise(model: torch.nn.Module) -> None:
+    """Weights as a model has them before it is trained: vLLM's own are so small that attention would be even,
+    and nothing could be verified."""
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if weight.dtype.itemsize < 2:
+            continue
+        if weight.ndim > 1:
+            weight.normal_(0, _SPREAD)
+        else:
+            weight.fill_(0 if name.endswith("bias") else 1)
 
 
 class _Bytes:

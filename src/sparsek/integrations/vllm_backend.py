@@ -130,8 +130,8 @@ class SparseLayer:
         """The first `num_keys` keys and values in these pages of the cache, each [1, Hkv, Tk, D]."""
         raise NotImplementedError
 
-    def reserve(self, layer: Any, query: torch.Tensor) -> str | None:
-        """Take all memory that the longest prompt needs, and compile all kernels, while vLLM measures how much
+    def reserve(self, layer: Any, query: torch.Tensor, output: torch.Tensor) -> str | None:
+        """Take all memory that the longest prompt needs, and compile all kernels, while vLLM measures what
         is left. Returns why this layer cannot be Sparse-K's, or None."""
         raise NotImplementedError
 
@@ -160,7 +160,7 @@ class SparseLayer:
         plan = None
         if self.sparsek is not None and not any(x is not None for x in (*args, *kwargs.values())):
             if attn_metadata is None:
-                self._leave(self.reserve(layer, query))
+                self._leave(self.reserve(layer, query, output))
             else:
                 plan = getattr(attn_metadata, "sparsek", None)
         if plan is None or not self._readable(layer, kv_cache) or self._keeps_all(plan, number_of(layer)):
@@ -210,19 +210,23 @@ class SparseLayer:
     ) -> None:
         rows = slice(prompt.start, prompt.start + prompt.rows)
         k, v = self.pages(kv_cache, block_table[prompt.request], prompt.keys)
-        out = self.attend(query[rows], k, v, self._rule(), number_of(layer))
-        output[rows].view(prompt.rows, self.num_heads, -1).copy_(out[0].transpose(0, 1))
+        self.attend(query[rows], k, v, output[rows], self._rule(), number_of(layer))
 
     def attend(
-        self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: SparseKConfig, number: int | None
-    ) -> torch.Tensor:
-        """Of query [tokens, H, D] over the keys of which they are the last: [1, H, tokens, D]."""
-        q = query.view(len(query), self.num_heads, -1).transpose(0, 1)[None]
+        self,
+        query: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        output: torch.Tensor,
+        config: SparseKConfig,
+        number: int | None,
+    ) -> None:
+        """Of query [tokens, H, D] over the keys of which they are the last, into output [tokens, H, D]."""
+        q, out = (x.view(len(x), self.num_heads, -1).transpose(0, 1)[None] for x in (query, output))
         problem = make_problem(q, k, v, config=config, is_causal=True, scale=self.scale, layer=number)
-        out: torch.Tensor = dispatch.attention(problem, self.kernel)
+        dispatch.attention_into(out, problem, self.kernel)
         for observer in tuple(_observers):
             observer(-1 if number is None else number, problem, out)
-        return out
 
 
 def number_of(layer: Any) -> int | None:

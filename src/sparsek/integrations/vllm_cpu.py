@@ -57,7 +57,7 @@ class Layer(SparseLayer, CPUAttentionBackendImpl):  # type: ignore[misc]
         self._packing = self._packings[key]
         return "its cache is packed in a way we do not know" if self._packing is None else None
 
-    def reserve(self, layer: Any, query: torch.Tensor) -> str | None:  # noqa: ARG002
+    def reserve(self, layer: Any, query: torch.Tensor, output: torch.Tensor) -> str | None:  # noqa: ARG002
         self._space(query.dtype, self.longest)
         return None
 

@@ -49,17 +49,17 @@ class Layer(SparseLayer, FlashAttentionImpl):  # type: ignore[misc]
             )
         return None
 
-    def reserve(self, layer: Any, query: torch.Tensor) -> str | None:  # noqa: ARG002
+    def reserve(self, layer: Any, query: torch.Tensor, output: torch.Tensor) -> str | None:  # noqa: ARG002
         key = (query.device, query.dtype, self.num_heads, self.num_kv_heads, self.head_size, self.longest)
         if key not in self._reserved:
             try:
-                self._reserve(query)
+                self._reserve(query, output)
                 self._reserved[key] = None
             except ValueError as error:  # of the kernel, which does not do such calls
                 self._reserved[key] = str(error)
         return self._reserved[key]
 
-    def _reserve(self, query: torch.Tensor) -> None:
+    def _reserve(self, query: torch.Tensor, output: torch.Tensor) -> None:
         assert self.sparsek is not None
         config = replace(on_gpu(self.sparsek), dense_layers=(), min_context=0)
         space = self._space(query.dtype, query.device, self.longest + _MOST_OF_A_PAGE)
@@ -68,7 +68,8 @@ class Layer(SparseLayer, FlashAttentionImpl):  # type: ignore[misc]
         for budget in sorted(set(budgets), key=str):
             of_budget = replace(config, top_k=budget)
             for keys, rows in triton_prefill.variants(of_budget, len(query), self.longest):
-                self.attend(query[:rows], k[:, :, :keys], v[:, :, :keys], of_budget, None)
+                part = slice(0, rows)
+                self.attend(query[part], k[:, :, :keys], v[:, :, :keys], output[part], of_budget, None)
 
     def pages(self, kv_cache: torch.Tensor, numbers: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, ...]:
         block = kv_cache.shape[2]

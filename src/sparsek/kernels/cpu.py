@@ -41,10 +41,11 @@ def why_not(p: Problem) -> str | None:
     return None
 
 
-def attention(p: Problem) -> Array:
-    """[B, H, Tq, Dv] in the dtype of q."""
+def attention(p: Problem, out: Array | None = None) -> Array:
+    """[B, H, Tq, Dv] in the dtype of q; in `out` where that is given, whose last axis is contiguous."""
     assert p.v is not None
-    out = arrays.empty((*p.q.shape[:3], p.v.shape[3]), p.q.dtype, p.q)
+    if out is None:
+        out = arrays.empty((*p.q.shape[:3], p.v.shape[3]), p.q.dtype, p.q)
     _core.attention(
         q=_rows(p.q),
         k=_rows(p.k),

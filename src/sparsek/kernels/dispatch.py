@@ -30,6 +30,12 @@ def attention(p: Problem, backend: str = "auto") -> Array:
     return _choose(p, backend, "attention").attention(p)
 
 
+def attention_into(out: Array, p: Problem, backend: str) -> None:
+    """As `attention`, into `out` [B, H, Tq, Dv], which may have any strides but for its last axis: for
+    "triton_prefill" and "cpu"."""
+    _choose(p, backend, "attention").attention(p, out)
+
+
 def select(p: Problem, backend: str = "auto") -> Selection:
     p = settled(p, backend)
     selection: Selection = _choose(p, backend, "select").select(p)

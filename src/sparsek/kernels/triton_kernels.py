@@ -47,7 +47,7 @@ def _few_bits(x, exists, dtype: tl.constexpr, PADDED: tl.constexpr):
     return tl.where(exists, y, tl.zeros_like(y)) if PADDED else y
 
 
-@triton.jit(do_not_specialize=["q_batch", "k_batch", "v_batch", "num_queries", "num_keys", "num_blocks"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_blocks"])
 def prepare(
     q, k, v, low, k_mean, low_mean, v_mean, units, seen,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
@@ -166,7 +166,7 @@ def _accumulate(peak, total, scores):
     return higher, total * tl.exp2(peak - higher) + tl.sum(tl.exp2(scores - higher[:, None]), 1)
 
 
-@triton.jit(do_not_specialize=["q_batch", "num_queries", "first"])
+@triton.jit(do_not_specialize=["num_queries", "first"])
 def normalise(
     q, low, low_mean, units, low_q, normaliser, starts, stops,
     q_batch, q_head, q_token, kv_heads, num_queries, padded, first, scale,
@@ -416,10 +416,6 @@ def _attend(values, peak, total, acc, scores):
 
 @triton.jit(
     do_not_specialize=[
-        "q_batch",
-        "k_batch",
-        "v_batch",
-        "o_batch",
         "num_queries",
         "num_keys",
         "num_blocks",

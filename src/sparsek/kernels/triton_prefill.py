@@ -111,10 +111,11 @@ def variants(config: SparseKConfig, queries: int, longest: int) -> list[tuple[in
     ]
 
 
-def attention(p: Problem) -> Array:
-    """Sparse-K attention: [B, H, Tq, Dv] in the dtype of q."""
+def attention(p: Problem, out: Array | None = None) -> Array:
+    """Sparse-K attention: [B, H, Tq, Dv] in the dtype of q; in `out` where that is given, whose last axis is
+    contiguous."""
     with on_device_of(p.q):
-        return _Call(p).run()
+        return _Call(p).run(out)
 
 
 def select(p: Problem) -> Selection:
@@ -256,8 +257,9 @@ class _Call:
         start, stop = torch.where(starts < stops, starts, self.p.num_keys).amin(1), stops.amax(1)
         return torch.stack((torch.minimum(start, stop), stop), 1)
 
-    def run(self) -> Array:
-        out = self.p.q.new_empty((*self.p.q.shape[:3], self.value_size))
+    def run(self, out: Array | None = None) -> Array:
+        if out is None:
+            out = self.p.q.new_empty((*self.p.q.shape[:3], self.value_size))
         self.choose()
         self._attend(out)
         return out
@@ -311,7 +313,7 @@ class _Call:
         self.kernels.prepare[self.padded // 64 // blocks, self.lanes](
             q, self.k, self.v, self.low, self.k_mean, self.low_mean, self.v_mean,
             self.units, self.of_all,
-            *q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3],
+            *_strides(q), *_strides(self.k), *_strides(self.v),
             self.kv_heads, q.shape[2], self.p.num_keys, self.padded, self.blocks,
             G=self.group, D=self.head_size, DV=self.value_size, BD=self.low.shape[2], BDV=self.value_slots,
             BLOCKS=blocks, RANGES=self.masked,
@@ -320,7 +322,7 @@ class _Call:
     def _normalise(self) -> None:
         self.kernels.normalise[self.tiles * self.parts, self.lanes](
             self.q, self.low, self.low_mean, self.units, self.low_q, self.normaliser, *self.ranges,
-            *self.q.stride()[:3], self.kv_heads, self.p.num_queries, self.padded, self.first, self.p.scale,
+            *_strides(self.q), self.kv_heads, self.p.num_queries, self.padded, self.first, self.p.scale,
             **self._columns(), RANGES=self.masked, **self.launch.normalise,
         )  # fmt: skip
 
@@ -354,7 +356,7 @@ class _Call:
         self.kernels.attend[self.tiles * self.parts, self.lanes](
             self.q, self.k, self.v, self.k_mean, self.v_mean, self.lists, self.counts, self.tail, out,
             *self.ranges, self.of_tiles,
-            *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *out.stride()[:3],
+            *_strides(self.q), *_strides(self.k), *_strides(self.v), *_strides(out),
             self.kv_heads, p.num_queries, p.num_keys, self.padded, self.blocks, self.first, self.tiles,
             p.scale,
             **self._columns(), DV=self.value_size, BDV=self.value_slots,
@@ -365,6 +367,12 @@ class _Call:
     def _reach(self, x: Array) -> int:
         """Elements between the first and the last key of a head."""
         return int(x.stride(2)) * self.p.num_keys
+
+
+def _strides(x: Array) -> tuple[int, ...]:
+    """Of all axes but the last. That of a single batch entry, which is used by nobody, is 0: else it would
+    depend on the number of tokens, and kernels are compiled for strides."""
+    return (0 if x.shape[0] == 1 else x.stride(0), *x.stride()[1:3])
 
 
 def _low_dtype(q: Array) -> Any:
