@@ -64,9 +64,13 @@ class PlanningBuilder:
             return whole(common_prefix_len, common, *args, **kwargs)
         rest, left = None, others(common, taken)
         if left is not None:
-            rest = _detached(whole(0, left[0], *args, **kwargs)), left[1]
+            rest = self.detached(whole(0, left[0], *args, **kwargs)), left[1]
         metadata = whole(common_prefix_len, common, *args, **kwargs)  # last: it owns the host's fixed buffers
         metadata.sparsek = Plan(taken, rest)
+        return metadata
+
+    def detached(self, metadata: Any) -> Any:
+        """Metadata none of which lies in a buffer that the host fills again for the next."""
         return metadata
 
     def build_for_cudagraph_capture(self, *args: Any, **kwargs: Any) -> Any:
@@ -251,14 +255,6 @@ def _of_rows(
     host(layer, query[rows], key[rows], value[rows], kv_cache, metadata, out)
     if not isinstance(rows, slice):
         output[rows] = out
-
-
-def _detached(metadata: Any) -> Any:
-    """Metadata whose schedule does not lie in a buffer that the host fills again for the next."""
-    schedule = getattr(metadata, "scheduler_metadata", None)
-    if isinstance(schedule, torch.Tensor):
-        metadata.scheduler_metadata = schedule.clone()
-    return metadata
 
 
 def _why_not_so(given: dict[str, Any]) -> str | None:

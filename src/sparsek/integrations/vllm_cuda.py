@@ -29,6 +29,11 @@ _MOST_OF_A_PAGE: Final = 4096  # tokens
 class Builder(PlanningBuilder, FlashAttentionMetadataBuilder):  # type: ignore[misc]
     """The host's, with plans."""
 
+    def detached(self, metadata: Any) -> Any:
+        if metadata.scheduler_metadata is not None:
+            metadata.scheduler_metadata = metadata.scheduler_metadata.clone()
+        return metadata
+
 
 class Layer(SparseLayer, FlashAttentionImpl):  # type: ignore[misc]
     """The host's, with Sparse-K for prompts."""
