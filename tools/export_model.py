@@ -1,4 +1,4 @@
-"""Write the embedded model, or another GGUF file, as a model directory that vLLM takes: export_model.py FOLDER [GGUF].
+"""Write the embedded model, or another GGUF file, as a model directory that vLLM takes: FOLDER [GGUF].
 
 Weights are rounded to bfloat16.
 """

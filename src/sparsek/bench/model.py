@@ -54,6 +54,7 @@ class BenchRecord:
     operations: dict[str, int]
     environment: dict[str, Any]
     device: str = "cpu"
+    n_devices: int = 1
     top_k_used: int | list[int] | None = None  # K in numbers: what "auto" meant
 
     @property
@@ -107,10 +108,10 @@ def bench(
     layers = attending_layers(engine) if any(configs) else []
     for test in planned:
         calls = [_timed(engine, test, tokens, config) for config in configs]
-        checks = _untimed(engine, calls, configs, layers)
+        checks = untimed(engine, calls, configs, layers)
         samples = alternate(calls, repetitions, advance)
         if test.generated and engine.generation_goes_on:  # by now over more keys
-            after = _untimed(engine, calls, configs, layers)
+            after = untimed(engine, calls, configs, layers)
             checks = [first.joined(last) for first, last in zip(checks, after, strict=True)]
         dense = samples[configs.index(None)] if None in configs else None
         for config, check, seconds in zip(configs, checks, samples, strict=True):
@@ -126,33 +127,34 @@ def why_no_ratio(records: Sequence[BenchRecord]) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Check:
+class Check:
     """What an untimed call of a test showed. `verified`: None where all attention is the host's, as in dense
     rows and in a model whose attention is none of ours."""
 
     verified: Verification | None
     operations: dict[str, int]
 
-    def joined(self, later: _Check) -> _Check:
+    def joined(self, later: Check) -> Check:
         """With what a later call showed; operations are of one call."""
         if self.verified is None or later.verified is None:
             return self
         worst = max(self.verified.max_abs_err, later.verified.max_abs_err)
-        return _Check(Verification(self.verified.rows + later.verified.rows, worst), self.operations)
+        return Check(Verification(self.verified.rows + later.verified.rows, worst), self.operations)
 
 
-def _untimed(
+def untimed(
     engine: Engine,
     calls: Sequence[Callable[[], float]],
     configs: Sequence[SparseKConfig | None],
     layers: Sequence[int],
-) -> list[_Check]:
+) -> list[Check]:
+    """Each call once, some rows of some of the `layers` verified. Raises VerificationError."""
     return [_checked(engine, call, config, layers) for call, config in zip(calls, configs, strict=True)]
 
 
 def _checked(
     engine: Engine, call: Callable[[], float], config: SparseKConfig | None, layers: Sequence[int]
-) -> _Check:
+) -> Check:
     """Make the call once, untimed, and verify some rows of some of the layers that attend."""
     step = max(1, len(layers) // VERIFY_LAYERS)
     found: list[Verification] = []
@@ -165,12 +167,12 @@ def _checked(
         call()
     operations = {name: count - before[name] for name, count in engine.operations().items()}
     if config is None or not layers:
-        return _Check(None, operations)
+        return Check(None, operations)
     ours = operations.get("sparse", 1) + operations.get("dense", 0)
     if not found and ours:
         raise VerificationError("no attention of the model could be verified: is Sparse-K on in it?")
     worst = max((v.max_abs_err for v in found), default=0.0)
-    return _Check(Verification(sum(v.rows for v in found), worst), operations)
+    return Check(Verification(sum(v.rows for v in found), worst), operations)
 
 
 def _timed(
@@ -185,7 +187,7 @@ def _record(
     engine: Engine,
     test: Test,
     config: SparseKConfig | None,
-    check: _Check,
+    check: Check,
     seconds: list[float],
     dense: list[float] | None,
     threads: int,
@@ -217,5 +219,6 @@ def _record(
         operations=check.operations,
         environment=environment(),
         device=engine.device,
+        n_devices=getattr(engine, "n_devices", 1),
         top_k_used=top_k_used(config, test.prompt + test.depth + test.generated, engine.device),
     )

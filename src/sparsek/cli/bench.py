@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any, Final
 
 import click
@@ -36,6 +37,23 @@ COLUMNS: Final[list[Column]] = [
 ]
 
 
+REQUESTS_COLUMNS: Final[list[Column]] = [
+    ("model", lambda r: r.model),
+    ("engine", lambda r: r.engine),
+    ("K", k_text),
+    ("test", lambda r: r.test),
+    ("first token, s", lambda r: f"{statistics.median(r.first_s):.3f}"),
+    ("ratio", lambda r: _with_quartiles(r.first_speedup)),
+    ("token, ms", lambda r: f"{1000 * statistics.median(r.token_s):.2f}"),
+    ("ratio", lambda r: _with_quartiles(r.token_speedup)),
+    ("max error", lambda r: "" if r.max_abs_err is None else f"{r.max_abs_err:.1e}"),
+]
+
+
+def _with_quartiles(ratio: tuple[float, float, float] | None) -> str:
+    return "" if ratio is None else f"{ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f})"
+
+
 @click.command("bench")
 @model_options
 @click.option(
@@ -67,6 +85,12 @@ COLUMNS: Final[list[Column]] = [
     "-r", "--repetitions", type=click.IntRange(1), default=3, show_default=True, help="Repetitions."
 )
 @click.option(
+    "--requests",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Send N prompts at once: time to the first token, and per token; engine vllm.",
+)
+@click.option(
     "--flash-attention/--no-flash-attention",
     default=True,
     help="The dense side: llama.cpp has two kinds of attention.  [default: on, the faster one]",
@@ -96,6 +120,7 @@ def command(
     depths: list[int],
     top_k: list[TopK] | None,
     repetitions: int,
+    requests: int | None,
     flash_attention: bool,
     rope_scale: int,
     random_weights: bool,
@@ -117,8 +142,11 @@ def command(
       sparsek bench -p 4096,8000 -n 32 -d 4096 -k 0,64,auto
       sparsek bench -p 2048 -n 0 -k 0,64 --min-context 0 -o json
       sparsek bench -p 32000 -n 0 -k 0,auto --rope-scale 4
+      sparsek bench --engine vllm -m MODEL --device cuda -p 16384,65536
+      sparsek bench --engine vllm -m MODEL --device cuda -p 8192 -n 64 --requests 8
     """
     from ..bench import model as library
+    from ..bench.requests import bench_requests
     from ..bench.text import read_text
 
     make_configs(top_k, None, **rule)  # what is wrong in them shows before the model is loaded
@@ -138,6 +166,23 @@ def command(
     configs = make_configs(top_k, opened.model_config, **rule)
     if top_k is None:
         configs = [None, *configs]
+    if requests is not None:
+        lengths = [n for n in prompts if n]
+        with progress("bench", len(lengths) * len(configs) * repetitions) as advance:
+            served = list(
+                bench_requests(
+                    opened,
+                    lengths,
+                    configs,
+                    requests=requests,
+                    generated=generate,
+                    text=words,
+                    repetitions=repetitions,
+                    advance=advance,
+                )
+            )
+        write_records(served, output, REQUESTS_COLUMNS)
+        return
     with progress("bench", len(planned) * len(configs) * repetitions) as advance:
         records = list(
             library.bench(

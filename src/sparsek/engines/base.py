@@ -109,6 +109,12 @@ class Engine(Protocol):
         """Process `depth`, untimed; then each call of the result generates `count` tokens after it, or after
         those of the call before where `generation_goes_on`, and returns the seconds taken."""
 
+    def requests(
+        self, prompts: Sequence[list[int]], count: int, config: SparseKConfig | None
+    ) -> list[RequestTimes]:
+        """`count` tokens after each of several prompts that are sent at once. Only in engines that process
+        several at a time: the others have no such method."""
+
     def generate(self, tokens: list[int], count: int, config: SparseKConfig | None) -> Iterator[int]:
         """Greedy continuation, a token at a time, until `count` tokens or the model's end token. The first
         token comes when the prompt has been processed."""

@@ -88,6 +88,7 @@ class VllmEngine:
             if impls[name] in self._layers and (number := integration.number_of(layer)) is not None
         )
         self.dense = self._layers[0].host_name() if self._layers else "vllm"
+        self.n_devices = int(os.environ.get(_PROCESSES, "1"))
         self._requests = 0
 
     def _load(self, load_format: str) -> Any:

@@ -146,7 +146,7 @@ def test_eight_requests_of_different_lengths_at_once(server: Server) -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         together = list(pool.map(server.complete, prompts))
     assert all(together)
-    # Alone, a batch has other shapes, and what is rounded differs in the last bit: nearly all texts are the same.
+    # Alone, batches have other shapes and round the last bit otherwise: nearly all texts are the same.
     alone = [server.complete(prompt) for prompt in prompts]
     assert sum(a == b for a, b in zip(together, alone, strict=True)) >= 6
 
