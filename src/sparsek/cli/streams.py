@@ -22,7 +22,11 @@ class _StandardOutput(io.FileIO):
 
 
 def prepare() -> None:
-    """Once, where the process is the command's own. In a C locale text goes out as UTF-8, as click has it."""
+    """Once, where the process is the command's own. In a C locale text goes out as UTF-8, as click has it. Of
+    several processes that do the same for one model, as `torchrun` starts them, the first one speaks."""
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  as long as the process
+        return
     if isinstance(sys.stdout, io.TextIOWrapper):
         raw = _StandardOutput(sys.stdout.fileno(), "w", closefd=False)
         sys.stdout = io.TextIOWrapper(

@@ -78,7 +78,8 @@ def test_rows_of_the_host_between_those_of_prompts(tmp_path: Path, monkeypatch: 
     options = {"long_prefill_token_threshold": 300}
     with serving(tmp_path, LLAMA, ALWAYS, **options) as llm, compared(monkeypatch) as seen:
         run(llm, [30, 2000, 20, 1500, 40, 1200], steps=1)
-    assert seen.scattered > 3
+    assert seen.rests > 3
+    assert seen.scattered > 3 or not ON_CPU  # on a GPU vLLM puts steps before prompts
 
 
 def test_prompts_that_begin_alike_share_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +104,22 @@ def test_requests_that_lose_their_pages_are_computed_again(
         monkeypatch.undo()
     assert seen.prompts > 8
     assert all(tokens)
+
+
+def test_chunks_change_nothing(tmp_path: Path) -> None:
+    """With a K that is a number each row keeps the same keys whatever rows are computed with it. In float32:
+    products of other shapes round otherwise."""
+    settings = {"top_k": 64, "min_context": 0}
+    if not ON_CPU:
+        pytest.skip("the tiles of a GPU are cut where chunks end")
+    tokens = []
+    for chunk in (512, 4096):
+        folder = tmp_path / str(chunk)
+        folder.mkdir()
+        with serving(folder, {**LLAMA, "dtype": "float32"}, settings, max_num_batched_tokens=chunk) as llm:
+            tokens.append(run(llm, [300, 3000, 1200], steps=40))
+            del llm
+    assert tokens[0] == tokens[1]
 
 
 def test_a_request_that_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,10 +34,15 @@ class Server:
     log: Path
 
     def complete(self, prompt: Any, tokens: int = 16, **options: Any) -> str:
-        answer = self.client.completions.create(
+        return str(self.answer(prompt, tokens, **options).choices[0].text)
+
+    def answer(self, prompt: Any, tokens: int = 16, *, cache: str = "", **options: Any) -> Any:
+        """Greedily. `cache`: the name of a prefix cache; a new one is empty."""
+        if cache:
+            options["extra_body"] = {"cache_salt": cache}
+        return self.client.completions.create(
             model=self.model, prompt=prompt, max_tokens=tokens, temperature=0, **options
         )
-        return str(answer.choices[0].text)
 
     def tokens(self, count: int, start: int = 0) -> list[int]:
         """Tokens of real text: the same ones for the same numbers."""
@@ -122,7 +127,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    options = ["--attention-backend", "CUSTOM", "--max-num-batched-tokens", "2048"]
+    options = [
+        "--attention-backend",
+        "CUSTOM",
+        "--max-num-batched-tokens",
+        "2048",
+        "--enable-prompt-tokens-details",
+    ]
     with serving_at(model, tmp_path_factory.mktemp("server"), *options) as running:
         yield running
 
@@ -133,12 +144,10 @@ def test_the_configuration_is_logged_once(server: Server) -> None:
 
 def test_a_long_prompt_and_its_answer_as_a_stream(server: Server) -> None:
     prompt = server.tokens(8000)
-    stream = server.client.completions.create(
-        model=server.model, prompt=prompt, max_tokens=16, temperature=0, stream=True
-    )
+    stream = server.answer(prompt, stream=True, cache="stream")
     parts = [part.choices[0].text for part in stream if part.choices]
     assert len(parts) > 4
-    assert "".join(parts) == server.complete(prompt)
+    assert "".join(parts) == server.complete(prompt, cache="whole")
 
 
 def test_eight_requests_of_different_lengths_at_once(server: Server) -> None:
@@ -152,13 +161,13 @@ def test_eight_requests_of_different_lengths_at_once(server: Server) -> None:
 
 
 def test_a_prefix_that_is_there_already(server: Server) -> None:
-    prefix = server.tokens(3000, start=20000)
-    question = server.tokens(400, start=90000)
-    first, second = server.complete(prefix + question), server.complete(prefix + question)
-    assert first == second
-    usage = server.client.completions.create(model=server.model, prompt=prefix + question, max_tokens=1).usage
-    assert usage is not None
-    assert usage.prompt_tokens == 3400
+    prefix, questions = server.tokens(3000, 20000), [server.tokens(400, start) for start in (60000, 90000)]
+    server.complete(prefix + questions[0])
+    from_cache = server.answer(prefix + questions[1])
+    assert from_cache.usage.prompt_tokens_details.cached_tokens > 2500
+    anew = server.answer(prefix + questions[1], cache="empty")
+    assert not anew.usage.prompt_tokens_details.cached_tokens
+    assert from_cache.choices[0].text == anew.choices[0].text
 
 
 def test_a_client_that_goes_away(server: Server) -> None:
