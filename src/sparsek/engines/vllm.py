@@ -108,6 +108,7 @@ class VllmEngine:
                 max_num_batched_tokens=_CHUNK[self.device],
                 enable_prefix_caching=False,
                 disable_log_stats=True,
+                use_tqdm_on_load=False,
                 gpu_memory_utilization=_MEMORY,
                 additional_config={"sparsek": {}},
                 **parallel,
