@@ -27,7 +27,12 @@ CLIENTS = 6
 def main(model: Path, seconds: float) -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     options = ["--attention-backend", "CUSTOM", "--max-num-batched-tokens", "2048"]
-    with tempfile.TemporaryDirectory() as folder, serving_at(model, Path(folder), *options) as server:
+    # A small cache, all pages of which are soon in use: until then the memory of the server grows.
+    small = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving_at(model, Path(folder), *options, **small) as server,
+    ):
         until, done, memory = time.monotonic() + seconds, Counter[str](), []
         text = server.tokens(8000)
         clients = [
