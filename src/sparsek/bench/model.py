@@ -219,6 +219,6 @@ def _record(
         operations=check.operations,
         environment=environment(),
         device=engine.device,
-        n_devices=getattr(engine, "n_devices", 1),
+        n_devices=engine.n_devices,
         top_k_used=top_k_used(config, test.prompt + test.depth + test.generated, engine.device),
     )

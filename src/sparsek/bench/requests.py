@@ -132,6 +132,6 @@ def _record(engine: Engine, call: _Call, check: Check, dense: _Call | None) -> R
         operations=check.operations,
         environment=environment(),
         device=engine.device,
-        n_devices=getattr(engine, "n_devices", 1),
+        n_devices=engine.n_devices,
         top_k_used=top_k_used(call.config, length + call.generated, engine.device),
     )

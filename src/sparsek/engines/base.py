@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from ..config import KEEP_ALL, SparseKConfig
-from ..problem import Problem
+from ..integrations.observers import Observer
 
 _SHORT_PROMPT: Final = 16  # tokens; of fewer, llama.cpp may compute attention itself
-# observer(layer, problem, output): called after every Sparse-K attention.
-Observer = Callable[[int, Problem, Any], None]
 
 # name, which is that of the extra too: module, class, and the package that it needs
 ENGINES: Final = {
@@ -48,6 +46,16 @@ class RequestTimes:
     last: float
 
 
+def of_layers(observer: Observer, layers: Container[int] | None) -> Observer:
+    """The observer, told of these layers alone; of all where None."""
+
+    def told(layer: int, problem: Any, out: Any) -> None:
+        if layers is None or layer in layers:
+            observer(layer, problem, out)
+
+    return told
+
+
 def check_fits(tokens: int, context_length: int) -> None:
     """Raises ValueError when the model was not made for so many tokens."""
     if tokens > context_length:
@@ -72,6 +80,7 @@ class Engine(Protocol):
         num_layers, num_heads, head_size, num_parameters: of the model.
         context_length: the most tokens the model was made for.
         model_config: the Sparse-K configuration that the model file carries, or None.
+        n_devices: among which the model is divided.
         sparse_layers: whose attention Sparse-K can compute; None where a short prompt tells it.
         generation_goes_on: whether each call of what `generation` returns begins where the one before it
             ended, as on a GPU, where a library may plan its kernels for every new number of keys.
@@ -90,6 +99,7 @@ class Engine(Protocol):
     context_length: int
     model_config: SparseKConfig | None
     sparse_layers: list[int] | None
+    n_devices: int
     generation_goes_on: bool
 
     def encode(self, text: str) -> list[int]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from ..config import SparseKConfig
 from ..integrations import llama_cpp as integration
+from ..integrations.observers import Observer
 from . import llama_api as api
-from .base import Observer, Part
+from .base import Part
 from .gguf_model import read_model
 from .llama_context import BATCH, Context
 from .llama_model import LlamaModel
@@ -26,6 +27,7 @@ class LlamaEngine:
     name = "llama"
     device = "cpu"
     sparse_layers = None
+    n_devices = 1
 
     def __init__(
         self,

@@ -14,9 +14,9 @@ from transformers import Cache, DynamicCache
 
 from ..config import SparseKConfig
 from ..integrations import transformers as integration
-from ..problem import Problem
-from .base import Observer, Part, check_device
-from .gguf_model import read_one_file
+from ..integrations.observers import Observer
+from .base import Part, check_device, of_layers
+from .gguf_model import not_finite, read_one_file
 from .model_file import find_model
 from .text import shown_name
 from .transformers_loading import load_model
@@ -31,6 +31,7 @@ class TransformersEngine:
     name = "transformers"
     version = transformers.__version__
     sparse_layers = None
+    n_devices = 1
 
     def __init__(
         self,
@@ -136,11 +137,7 @@ class TransformersEngine:
     def observed(
         self, observer: Observer, layers: Container[int] | None = None
     ) -> contextlib.AbstractContextManager[None]:
-        def of_layers(layer: int, problem: Problem, out: Any) -> None:
-            if layers is None or layer in layers:
-                observer(layer, problem, out)
-
-        return integration.observed(of_layers)
+        return integration.observed(of_layers(observer, layers))
 
     def operations(self) -> dict[str, int]:
         return {}
@@ -195,7 +192,7 @@ class TransformersEngine:
 
     def _finite(self, logits: torch.Tensor) -> torch.Tensor:
         if not bool(torch.isfinite(logits).all()):
-            raise ValueError(f"the logits of {self.model} are not finite: are its weights damaged?")
+            raise not_finite(self.model)
         return logits
 
     def _attending(self, config: SparseKConfig | None) -> contextlib.AbstractContextManager[Any]:

@@ -20,8 +20,9 @@ import vllm
 
 from ..config import SparseKConfig
 from ..integrations import vllm_backend as integration
-from ..problem import Problem
-from .base import Observer, Part, RequestTimes, check_device
+from ..integrations.observers import Observer
+from .base import Part, RequestTimes, check_device, of_layers
+from .gguf_model import not_finite
 from .model_file import find_model
 from .text import check_text, shown_name
 from .transformers_loading import first_line
@@ -67,6 +68,7 @@ class VllmEngine:
         self.model, self.model_config = shown_name(self.path.resolve().name), None
         has_tokenizer = any(self.path.glob("tokenizer*"))
         self._tokenizer = Tokenizer(self.path, {}) if has_tokenizer or not random_weights else _Bytes()
+        self.n_devices = int(os.environ.get(_PROCESSES, "1"))
         self._llm = self._load("dummy" if random_weights else "auto")
         (worker,) = self._llm.collective_rpc(lambda worker: worker)
         self._runner = worker.model_runner
@@ -79,24 +81,18 @@ class VllmEngine:
         self.head_size = int(config.get_head_size())
         self.num_parameters = sum(p.numel() for p in self._runner.model.parameters())
         contexts = self._llm.llm_engine.vllm_config.compilation_config.static_forward_context
-        impls = {name: getattr(layer, "impl", None) for name, layer in contexts.items()}
-        self._layers = [x for x in impls.values() if isinstance(x, integration.SparseLayer)]
-        self._layers = [x for x in self._layers if x.why_not is None]
-        self.sparse_layers = sorted(
-            number
-            for name, layer in contexts.items()
-            if impls[name] in self._layers and (number := integration.number_of(layer)) is not None
-        )
+        own = [layer for layer in contexts.values() if _is_sparse(getattr(layer, "impl", None))]
+        self._layers: list[integration.SparseLayer] = [layer.impl for layer in own]
+        numbers = map(integration.number_of, own)
+        self.sparse_layers = sorted(number for number in numbers if number is not None)
         self.dense = self._layers[0].host_name() if self._layers else "vllm"
-        self.n_devices = int(os.environ.get(_PROCESSES, "1"))
         self._requests = 0
 
     def _load(self, load_format: str) -> Any:
-        processes = int(os.environ.get(_PROCESSES, "1"))
         parallel: dict[str, Any] = {}
-        if processes > 1:
+        if self.n_devices > 1:
             parallel = {
-                "tensor_parallel_size": processes,
+                "tensor_parallel_size": self.n_devices,
                 "distributed_executor_backend": "external_launcher",
             }
         try:
@@ -162,11 +158,7 @@ class VllmEngine:
     def observed(
         self, observer: Observer, layers: Container[int] | None = None
     ) -> contextlib.AbstractContextManager[None]:
-        def of_layers(layer: int, problem: Problem, out: Any) -> None:
-            if layers is None or layer in layers:
-                observer(layer, problem, out)
-
-        return integration.observed(of_layers)
+        return integration.observed(of_layers(observer, layers))
 
     def operations(self) -> dict[str, int]:
         return dict(integration.operations)
@@ -184,7 +176,7 @@ class VllmEngine:
                 with torch.inference_mode():
                     logits = self._runner.model.compute_logits(chunk[row : row + _LOGIT_ROWS]).float()
                 if not bool(torch.isfinite(logits).all()):
-                    raise ValueError(f"the logits of {self.model} are not finite: are its weights damaged?")
+                    raise not_finite(self.model)
                 yield logits
 
     def _states(self, part: Part) -> list[torch.Tensor]:
@@ -240,6 +232,10 @@ class VllmEngine:
         finally:
             for layer in self._layers:
                 layer.sparsek = None
+
+
+def _is_sparse(impl: Any) -> bool:
+    return isinstance(impl, integration.SparseLayer) and impl.why_not is None
 
 
 @torch.no_grad()

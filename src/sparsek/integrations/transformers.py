@@ -18,7 +18,7 @@ sequences given by `position_ids` alone lose their mask as soon as a cache is us
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Final, TypeVar
@@ -32,7 +32,8 @@ from ..config import SparseKConfig
 from ..kernels import break_even, dense, dispatch
 from ..key_index import KeyIndex
 from ..policy import on_gpu, resolve
-from ..problem import Problem, Ranges, make_problem
+from ..problem import Ranges, make_problem
+from .observers import Observer, Observers
 from .once_per_pass import OncePerPass
 from .transformers_cache import SparseKCache, index_of
 from .transformers_models import made_for_itself, model_within, unknown_argument, why_not
@@ -56,8 +57,7 @@ _DEFAULT: Final = SparseKConfig().to_json()
 _UNSUPPORTED: Final = ("s_aux", "sinks", "position_bias", "indices", "block_indices", "head_mask", "cache")
 
 Model = TypeVar("Model", bound=Any)
-Observer = Callable[[int, Problem, torch.Tensor], None]
-_observers: list[Observer] = []
+_observers = Observers()
 _starts: OncePerPass[torch.Tensor | None] = OncePerPass()
 _ranges: OncePerPass[Ranges] = OncePerPass()
 
@@ -138,11 +138,8 @@ def observed(observer: Observer) -> Iterator[None]:
     """Call `observer(layer, problem, output)` after every Sparse-K attention within the block: for
     measuring, verifying and capturing. `layer` is -1 where a module has no number; `problem` holds q, k, v
     and the rule, `output` is [B, H, Tq, Dv]."""
-    _observers.append(observer)
-    try:
+    with _observers.observed(observer):
         yield
-    finally:
-        _observers.remove(observer)
 
 
 def sparsek_attention(
@@ -281,8 +278,7 @@ def _attend(
         problem = problem.with_ranges(_ranges.get(given, layer, lambda: problem.ranges))
     problem = dispatch.settled(problem)
     out: torch.Tensor = dispatch.attention(problem)
-    for observer in tuple(_observers):
-        observer(-1 if layer is None else layer, problem, out)
+    _observers.tell(layer, problem, out)
     return out
 
 

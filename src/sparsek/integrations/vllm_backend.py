@@ -22,14 +22,13 @@ from vllm.logger import init_logger
 from ..config import SparseKConfig
 from ..kernels import break_even, dispatch
 from ..policy import on_cpu, on_gpu, resolve
-from ..problem import Problem, make_problem
+from ..problem import make_problem
+from .observers import Observer, Observers
 from .vllm_plan import Plan, Prompt, Rows, others, prompts
 from .vllm_settings import settings
 
-Observer = Callable[[int, Problem, torch.Tensor], None]
-
 log = init_logger("vllm.plugins.sparsek")
-_observers: list[Observer] = []
+_observers = Observers()
 operations = {"sparse": 0, "host": 0}  # layers of batches so far, by who computed the prompts in them
 _HEAD_SIZE: Final = 256
 _GROUP_HEADS: Final = 16
@@ -42,11 +41,8 @@ _KNOWN: Final = ("num_heads", "head_size", "scale", "num_kv_heads", "kv_cache_dt
 def observed(observer: Observer) -> Iterator[None]:
     """Call `observer(layer, problem, output)` after every Sparse-K attention of this process within the
     block; `output` is [1, H, Tq, Dv]. Problems hold memory that is used again after the call."""
-    _observers.append(observer)
-    try:
+    with _observers.observed(observer):
         yield
-    finally:
-        _observers.remove(observer)
 
 
 class PlanningBuilder:
@@ -229,8 +225,7 @@ class SparseLayer:
         q, out = (x.view(len(x), self.num_heads, -1).transpose(0, 1)[None] for x in (query, output))
         problem = make_problem(q, k, v, config=config, is_causal=True, scale=self.scale, layer=number)
         dispatch.attention_into(out, problem, self.kernel)
-        for observer in tuple(_observers):
-            observer(-1 if number is None else number, problem, out)
+        _observers.tell(number, problem, out)
 
 
 def number_of(layer: Any) -> int | None:

@@ -19,7 +19,6 @@ from sparsek.integrations import vllm_backend
 
 WORST = 0.02  # rounding to bfloat16, of another order of adding
 ON_CPU = current_platform.is_cpu()
-DEVICE = "cpu" if ON_CPU else "cuda"
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
