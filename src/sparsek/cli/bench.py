@@ -22,6 +22,11 @@ from .options import (
 from .output import Column, k_text, output_option, write_records
 from .progress import progress
 
+
+def _with_quartiles(ratio: tuple[float, float, float]) -> str:
+    return f"{ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f})"
+
+
 COLUMNS: Final[list[Column]] = [
     ("model", lambda r: r.model),
     ("engine", lambda r: r.engine),
@@ -31,7 +36,7 @@ COLUMNS: Final[list[Column]] = [
     ("t/s", lambda r: f"{r.avg_ts:.2f} ± {r.stddev_ts:.2f}"),
     (
         "ratio",
-        lambda r: "" if r.speedup is None else f"{r.speedup:.2f} ({r.speedup_low:.2f}-{r.speedup_high:.2f})",
+        lambda r: "" if r.speedup is None else _with_quartiles((r.speedup, r.speedup_low, r.speedup_high)),
     ),
     ("max error", lambda r: "" if r.max_abs_err is None else f"{r.max_abs_err:.1e}"),
 ]
@@ -43,15 +48,11 @@ REQUESTS_COLUMNS: Final[list[Column]] = [
     ("K", k_text),
     ("test", lambda r: r.test),
     ("first token, s", lambda r: f"{statistics.median(r.first_s):.3f}"),
-    ("ratio", lambda r: _with_quartiles(r.first_speedup)),
+    ("ratio", lambda r: "" if r.first_speedup is None else _with_quartiles(r.first_speedup)),
     ("token, ms", lambda r: f"{1000 * statistics.median(r.token_s):.2f}"),
-    ("ratio", lambda r: _with_quartiles(r.token_speedup)),
+    ("ratio", lambda r: "" if r.token_speedup is None else _with_quartiles(r.token_speedup)),
     ("max error", lambda r: "" if r.max_abs_err is None else f"{r.max_abs_err:.1e}"),
 ]
-
-
-def _with_quartiles(ratio: tuple[float, float, float] | None) -> str:
-    return "" if ratio is None else f"{ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f})"
 
 
 @click.command("bench")

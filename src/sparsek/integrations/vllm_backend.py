@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 import vllm
@@ -30,6 +30,7 @@ from .vllm_settings import settings
 log = init_logger("vllm.plugins.sparsek")
 _observers = Observers()
 operations = {"sparse": 0, "host": 0}  # layers of batches so far, by who computed the prompts in them
+MOST_OF_A_PAGE: Final = 4096  # tokens
 _HEAD_SIZE: Final = 256
 _GROUP_HEADS: Final = 16
 _CACHE_DTYPES: Final = ("auto", "float16", "bfloat16", "float32")
@@ -107,6 +108,7 @@ class SparseLayer:
     head_size: int
     scale: float
     _was_read = False
+    _spaces: ClassVar[dict[tuple[Any, ...], torch.Tensor]] = {}  # that all layers share
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -129,6 +131,14 @@ class SparseLayer:
     def pages(self, kv_cache: torch.Tensor, numbers: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, ...]:
         """The first `num_keys` keys and values in these pages of the cache, each [1, Hkv, Tk, D]."""
         raise NotImplementedError
+
+    def space(self, dtype: torch.dtype, device: torch.device, tokens: int) -> torch.Tensor:
+        """Room for keys and values of so many tokens, [2, tokens * Hkv * D], the same at every call."""
+        key, size = (dtype, device), tokens * self.num_kv_heads * self.head_size
+        space = self._spaces.get(key)
+        if space is None or space.shape[1] < size:
+            space = self._spaces[key] = torch.zeros(2, size, dtype=dtype, device=device)
+        return space[:, :size]
 
     def reserve(self, layer: Any, query: torch.Tensor, output: torch.Tensor) -> str | None:
         """Take all memory that the longest prompt needs, and compile all kernels, while vLLM measures what

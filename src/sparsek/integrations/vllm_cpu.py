@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from .. import _core
-from .vllm_backend import PlanningBuilder, SparseLayer
+from .vllm_backend import MOST_OF_A_PAGE, PlanningBuilder, SparseLayer
 from .vllm_cpu_cache import Packing
 
 
@@ -33,7 +33,6 @@ class Layer(SparseLayer, CPUAttentionBackendImpl):  # type: ignore[misc]
     """The host's, with Sparse-K for prompts."""
 
     device, kernel = "cpu", "cpu"
-    _spaces: ClassVar[dict[tuple[Any, ...], torch.Tensor]] = {}  # that all layers share
     _packings: ClassVar[dict[tuple[Any, ...], Packing | None]] = {}
     _packing: Packing | None
 
@@ -58,28 +57,19 @@ class Layer(SparseLayer, CPUAttentionBackendImpl):  # type: ignore[misc]
         return "its cache is packed in a way we do not know" if self._packing is None else None
 
     def reserve(self, layer: Any, query: torch.Tensor, output: torch.Tensor) -> str | None:  # noqa: ARG002
-        self._space(query.dtype, self.longest)
+        self.space(query.dtype, query.device, self.longest + MOST_OF_A_PAGE)
         return None
 
     def pages(self, kv_cache: torch.Tensor, numbers: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, ...]:
         assert self._packing is not None
         block = kv_cache.shape[2]
         count = -(-num_keys // block)
-        space, unpacked = self._space(kv_cache.dtype, count * block), []
+        space, unpacked = self.space(kv_cache.dtype, kv_cache.device, count * block), []
         for which in range(2):
-            out = space[which, :, : count * block]
+            out = space[which].view(self.num_kv_heads, count * block, self.head_size)
             self._packing.unpack(kv_cache, numbers[:count].long(), which, out)
             unpacked.append(out[None, :, :num_keys])
         return tuple(unpacked)
-
-    def _space(self, dtype: torch.dtype, tokens: int) -> torch.Tensor:
-        """[2, Hkv, at least `tokens`, D]."""
-        key = (dtype, self.num_kv_heads, self.head_size)
-        space = self._spaces.get(key)
-        if space is None or space.shape[2] < tokens:
-            space = torch.zeros(2, self.num_kv_heads, tokens, self.head_size, dtype=dtype)
-            self._spaces[key] = space
-        return space
 
 
 class SparseBackend(CPUAttentionBackend):  # type: ignore[misc]

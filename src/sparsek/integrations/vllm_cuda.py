@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 import torch
 from vllm.platforms import current_platform
@@ -15,15 +15,13 @@ from vllm.v1.attention.backends.flash_attn import (
 
 from ..kernels import triton_prefill
 from ..policy import on_gpu
-from .vllm_backend import PlanningBuilder, SparseLayer
+from .vllm_backend import MOST_OF_A_PAGE, PlanningBuilder, SparseLayer
 
 if not current_platform.is_cuda():
     raise ImportError(
         f"Sparse-K in vLLM is for CUDA and the CPU, and this platform is {current_platform.device_name}: "
         "serve without --attention-backend CUSTOM"
     )
-
-_MOST_OF_A_PAGE: Final = 4096  # tokens
 
 
 class Builder(PlanningBuilder, FlashAttentionMetadataBuilder):  # type: ignore[misc]
@@ -39,7 +37,6 @@ class Layer(SparseLayer, FlashAttentionImpl):  # type: ignore[misc]
     """The host's, with Sparse-K for prompts."""
 
     device, kernel = "cuda", "triton_prefill"
-    _spaces: ClassVar[dict[tuple[Any, ...], torch.Tensor]] = {}  # that all layers share
     _reserved: ClassVar[dict[tuple[Any, ...], str | None]] = {}
 
     def host_name(self) -> str:
@@ -67,8 +64,8 @@ class Layer(SparseLayer, FlashAttentionImpl):  # type: ignore[misc]
     def _reserve(self, query: torch.Tensor, output: torch.Tensor) -> None:
         assert self.sparsek is not None
         config = replace(on_gpu(self.sparsek), dense_layers=(), min_context=0)
-        space = self._space(query.dtype, query.device, self.longest + _MOST_OF_A_PAGE)
-        k, v = (x[None].transpose(1, 2) for x in space)
+        space = self.space(query.dtype, query.device, self.longest + MOST_OF_A_PAGE)
+        k, v = (x.view(1, -1, self.num_kv_heads, self.head_size).transpose(1, 2) for x in space)
         budgets = config.top_k if isinstance(config.top_k, tuple) else (config.top_k,)
         for budget in sorted(set(budgets), key=str):
             of_budget = replace(config, top_k=budget)
@@ -79,23 +76,15 @@ class Layer(SparseLayer, FlashAttentionImpl):  # type: ignore[misc]
     def pages(self, kv_cache: torch.Tensor, numbers: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, ...]:
         block = kv_cache.shape[2]
         count = -(-num_keys // block)
-        space, gathered = self._space(kv_cache.dtype, kv_cache.device, count * block), []
+        space, gathered = self.space(kv_cache.dtype, kv_cache.device, count * block), []
         for pages, out in zip(kv_cache.unbind(1), space, strict=True):
-            into = out[: count * block].view(count, *pages.shape[1:])
+            into = out.view(count, *pages.shape[1:])
             if pages[0].is_contiguous():  # eight bytes at a time
                 pages, into = (x.view(torch.int64).flatten(1) for x in (pages, into))
             torch.index_select(pages, 0, numbers[:count], out=into)
-            gathered.append(out[None, :num_keys].transpose(1, 2))
+            tokens = out.view(1, count * block, self.num_kv_heads, self.head_size)
+            gathered.append(tokens[:, :num_keys].transpose(1, 2))
         return tuple(gathered)
-
-    def _space(self, dtype: torch.dtype, device: torch.device, tokens: int) -> torch.Tensor:
-        """[2, at least `tokens`, Hkv, D]."""
-        key = (dtype, device, self.num_kv_heads, self.head_size)
-        space = self._spaces.get(key)
-        if space is None or space.shape[1] < tokens:
-            space = torch.zeros(2, tokens, self.num_kv_heads, self.head_size, dtype=dtype, device=device)
-            self._spaces[key] = space
-        return space
 
 
 class Backend(FlashAttentionBackend):  # type: ignore[misc]

@@ -56,8 +56,7 @@ def serving(folder: Path, shape: dict[str, Any], sparsek: dict[str, Any], **opti
         options.pop("gpu_memory_utilization")
     llm = vllm.LLM(str(folder), additional_config={"sparsek": sparsek}, **options)
     try:
-        if options["load_format"] == "dummy":
-            _randomise(model_of(llm))
+        _randomise(model_of(llm))
         yield llm
     finally:
         vllm_backend.operations.update(sparse=0, host=0)

@@ -96,12 +96,9 @@ def test_requests_that_lose_their_pages_are_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = [900, 800, 700, 600]
-    with serving(
-        tmp_path, LLAMA, ALWAYS, block_size=32, num_gpu_blocks_override=96, max_model_len=2048
-    ) as llm:
-        with compared(monkeypatch) as seen:
-            tokens = run(llm, lengths, steps=1)
-        monkeypatch.undo()
+    options = {"block_size": 32, "num_gpu_blocks_override": 96, "max_model_len": 2048}
+    with serving(tmp_path, LLAMA, ALWAYS, **options) as llm, compared(monkeypatch) as seen:
+        tokens = run(llm, lengths, steps=1)
     assert seen.prompts > 8
     assert all(tokens)
 
