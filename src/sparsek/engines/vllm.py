@@ -197,6 +197,11 @@ class VllmEngine:
                 pass
         finally:
             hook.remove()
+        if left:
+            raise ValueError(
+                f"the engine vllm computed the last {left} of {len(part.tokens)} tokens where nobody can "
+                "look: take a context that is some tokens longer or shorter"
+            )
         return states
 
     def _run(
@@ -207,15 +212,20 @@ class VllmEngine:
         if config is not None:
             config.check_layers(self.num_layers)
         params = vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=ignore_end, detokenize=False)
-        numbers = {}
-        for number, tokens in enumerate(prompts):
-            self._requests += 1
-            numbers[str(self._requests)] = number
-            engine.add_request(str(self._requests), {"prompt_token_ids": tokens}, params)
-        open_requests = set(numbers)
+        if engine.has_unfinished_requests():
+            raise RuntimeError(
+                "another call of this engine has not come to its end: close its iterator first"
+            )
+        numbers: dict[str, int] = {}
+        open_requests: set[str] = set()
         try:
+            for number, tokens in enumerate(prompts):
+                self._requests += 1
+                numbers[str(self._requests)] = number
+                engine.add_request(str(self._requests), {"prompt_token_ids": tokens}, params)
+                open_requests.add(str(self._requests))
             while open_requests:
-                with self._attending(config):  # not across the yield: others may use the model in between
+                with self._attending(config):
                     outputs = engine.step()
                 open_requests -= {out.request_id for out in outputs if out.finished}
                 yield {numbers[out.request_id]: list(out.outputs[0].token_ids) for out in outputs}
@@ -226,7 +236,7 @@ class VllmEngine:
     @contextlib.contextmanager
     def _attending(self, config: SparseKConfig | None) -> Iterator[None]:
         for layer in self._layers:
-            layer.sparsek = config
+            layer.sparsek = config if layer.why_not is None else None
         try:
             yield
         finally:

@@ -25,7 +25,7 @@ from ..policy import on_cpu, on_gpu, resolve
 from ..problem import make_problem
 from .observers import Observer, Observers
 from .vllm_plan import Plan, Prompt, Rows, others, prompts
-from .vllm_settings import settings
+from .vllm_settings import num_layers, settings
 
 log = init_logger("vllm.plugins.sparsek")
 _observers = Observers()
@@ -34,6 +34,7 @@ MOST_OF_A_PAGE: Final = 4096  # tokens
 _HEAD_SIZE: Final = 256
 _GROUP_HEADS: Final = 16
 _CACHE_DTYPES: Final = ("auto", "float16", "bfloat16", "float32")
+_DRAFT: Final = "it is of a draft model"
 # Arguments of a layer that change nothing of what attention is.
 _KNOWN: Final = ("num_heads", "head_size", "scale", "num_kv_heads", "kv_cache_dtype", "attn_type")
 
@@ -49,13 +50,15 @@ def observed(observer: Observer) -> Iterator[None]:
 class PlanningBuilder:
     """Before a host's metadata builder: where a batch has a `Plan`, its metadata has it as `sparsek`."""
 
+    # What the host would copy from one group of layers to another has the pages of the first in its plan.
+    supports_update_block_table = False
     vllm_config: Any
     layer_names: list[str]
     _plans = True
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
         common, whole = common_attn_metadata, super().build  # type: ignore[misc]
-        layer = self._layer() if self._plans and not common_prefix_len else None
+        layer = self._layer() if self._plans and self._is_ours() and not common_prefix_len else None
         taken = () if layer is None else prompts(common, layer.gains)
         if not taken:
             return whole(common_prefix_len, common, *args, **kwargs)
@@ -86,6 +89,10 @@ class PlanningBuilder:
         finally:
             self._plans = True
 
+    def _is_ours(self) -> bool:
+        """Not where the host derives one for another kind of attention from it, as for chunked local ones."""
+        return type(self).__module__.startswith(f"{__package__}.")
+
     def _layer(self) -> SparseLayer | None:
         """A layer of this builder's group in which Sparse-K is on."""
         layers = self.vllm_config.compilation_config.static_forward_context
@@ -115,9 +122,14 @@ class SparseLayer:
         vllm_config = get_current_vllm_config()
         given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
         self.why_not = _why_not_so(given) or _why_not_there(vllm_config)
+        self.sparsek = None
+        self.num_layers = num_layers(vllm_config)
+        self.longest = int(vllm_config.model_config.max_model_len)
+        if _is_draft(vllm_config):
+            self.why_not = _DRAFT
+            return
         config = settings(vllm_config, self.device)
         self.sparsek = None if self.why_not is not None else config
-        self.longest = int(vllm_config.model_config.max_model_len)
         _tell(config)
 
     def host_name(self) -> str:
@@ -196,8 +208,17 @@ class SparseLayer:
     def _readable(self, layer: Any, kv_cache: torch.Tensor) -> bool:
         if not self._was_read:
             self._was_read = True
-            self._leave(self.why_not_readable(layer, kv_cache))
+            self._leave(self._why_not_this(layer) or self.why_not_readable(layer, kv_cache))
         return self.sparsek is not None
+
+    def _why_not_this(self, layer: Any) -> str | None:
+        """Why a layer of this name is the host's."""
+        number = number_of(layer)
+        if number is not None and number >= self.num_layers:
+            return _DRAFT
+        by_layer = self.sparsek is not None and isinstance(self.sparsek.top_k, tuple)
+        name = getattr(layer, "layer_name", "")
+        return f"top_k is given by layer, and {name!r} has no number" if by_layer and number is None else None
 
     def _keeps_all(self, plan: Plan, number: int | None) -> bool:
         """Whether in this layer some prompt keeps everything, which the host is best at."""
@@ -277,6 +298,15 @@ def _why_not_so(given: dict[str, Any]) -> str | None:
         nothing = x is None or (name == "logits_soft_cap" and x == 0)
         reasons[f"it has {name}"] = name not in _KNOWN and not nothing
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _is_draft(vllm_config: Any) -> bool:
+    """Whether the model that is being made is one that guesses tokens for another."""
+    speculative: Any = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    if draft is None:
+        return False
+    return bool(vllm_config.model_config.model == draft.model != speculative.target_model_config.model)
 
 
 def _why_not_there(vllm_config: Any) -> str | None:

@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from ..kernels import triton_prefill
-from ..policy import on_gpu
+from ..policy import on_gpu, resolve
 from .vllm_backend import MOST_OF_A_PAGE, PlanningBuilder, SparseLayer
 
 if not current_platform.is_cuda():
@@ -52,7 +52,8 @@ class Layer(SparseLayer, FlashAttentionImpl):  # type: ignore[misc]
         return None
 
     def reserve(self, layer: Any, query: torch.Tensor, output: torch.Tensor) -> str | None:  # noqa: ARG002
-        key = (query.device, query.dtype, self.num_heads, self.num_kv_heads, self.head_size, self.longest)
+        sizes = self.num_heads, self.num_kv_heads, self.head_size, self.longest
+        key = (query.device, query.dtype, *sizes, self.sparsek)
         if key not in self._reserved:
             try:
                 self._reserve(query, output)
@@ -69,6 +70,8 @@ class Layer(SparseLayer, FlashAttentionImpl):  # type: ignore[misc]
         budgets = config.top_k if isinstance(config.top_k, tuple) else (config.top_k,)
         for budget in sorted(set(budgets), key=str):
             of_budget = replace(config, top_k=budget)
+            if resolve(of_budget, self.longest).keeps_all(self.longest):
+                continue  # the host does it
             for keys, rows in triton_prefill.variants(of_budget, len(query), self.longest):
                 part = slice(0, rows)
                 self.attend(query[part], k[:, :, :keys], v[:, :, :keys], output[part], of_budget, None)

@@ -50,7 +50,7 @@ def prompts(common: Any, gains: Callable[[int, int], bool]) -> tuple[Prompt, ...
     if common.max_query_len < MIN_ROWS or common.causal is not True or _has_unknown(common):
         return ()
     upper = getattr(common, "seq_lens_cpu_upper_bound", None)  # exact for prompts
-    if upper is None:
+    if upper is None or len(upper) < common.num_reqs:
         return ()
     starts, lengths = common.query_start_loc_cpu.tolist(), upper.tolist()
     found = []
@@ -90,7 +90,11 @@ def others(common: Any, taken: tuple[Prompt, ...]) -> tuple[Any, Rows] | None:
         "block_table_tensor": common.block_table_tensor[requests],
         "slot_mapping": common.slot_mapping[rows],
     }
-    for name in ("positions", "is_prefilling", "_seq_lens_cpu", "_num_computed_tokens_cpu"):
+    of_whole_batch = (
+        *("positions", "is_prefilling", "req_idx", "_seq_lens_cpu", "_num_computed_tokens_cpu"),
+        *("_num_computed_tokens_cache", "_token_to_req_indices_cache"),
+    )
+    for name in of_whole_batch:
         if getattr(common, name, None) is not None:
             changed[name] = None
     return common.replace(**changed), rows

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 from typing import Any, Final
 
 from ..config import SparseKConfig
 from .environment import fields_from_environment
 
+log = logging.getLogger("vllm.plugins.sparsek")
 _KEY: Final = "sparsek"
 
 
@@ -24,7 +27,7 @@ def settings(vllm_config: Any, device: str) -> SparseKConfig | None:
     try:
         fields |= _additional(getattr(vllm_config, "additional_config", None))
         config = SparseKConfig.from_dict(fields)
-        _check(config, device, _num_layers(vllm_config))
+        _check(config, device, num_layers(vllm_config))
     except (ValueError, TypeError) as error:
         raise type(error)(f"the settings of Sparse-K: {error}") from None
     return None if config.top_k == 0 else config
@@ -32,7 +35,16 @@ def settings(vllm_config: Any, device: str) -> SparseKConfig | None:
 
 def _additional(given: Any) -> dict[str, Any]:
     """vLLM takes any object there, and for a dictionary only we know our key in it."""
-    if not isinstance(given, dict) or _KEY not in given:
+    if not isinstance(given, dict):
+        return {}
+    if _KEY not in given:
+        ours = sorted(
+            name for name in given if name in {field.name for field in dataclasses.fields(SparseKConfig)}
+        )
+        if ours:
+            log.warning(
+                "additional_config has %s: settings of Sparse-K go into an object %r in it", ours, _KEY
+            )
         return {}
     fields = given[_KEY]
     if not isinstance(fields, dict):
@@ -54,5 +66,6 @@ def _check(config: SparseKConfig, device: str, num_layers: int) -> None:
     config.check_layers(num_layers)
 
 
-def _num_layers(vllm_config: Any) -> int:
+def num_layers(vllm_config: Any) -> int:
+    """Of the model of a `VllmConfig`, without those of a draft."""
     return int(vllm_config.model_config.hf_text_config.num_hidden_layers)

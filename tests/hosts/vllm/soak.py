@@ -1,8 +1,9 @@
 """A server under mixed requests for some minutes, its memory watched.
 
-    python -m tests.hosts.vllm.soak MODEL [SECONDS]
+    python -m tests.hosts.vllm.soak MODEL [SECONDS [BACKEND]]
 
-Long and short prompts, streams, clients that go away, prompts that are too long, prefixes that come again.
+BACKEND is CUSTOM, or CPU_ATTN for what the host does without Sparse-K. Long and short prompts, streams,
+clients that go away, prompts that are too long, prefixes that come again.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from .test_server import Server, serving_at
 CLIENTS = 6
 
 
-def main(model: Path, seconds: float) -> None:
+def main(model: Path, seconds: float = 600, backend: str = "CUSTOM") -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    options = ["--attention-backend", "CUSTOM", "--max-num-batched-tokens", "2048"]
+    options = ["--attention-backend", backend, "--max-num-batched-tokens", "2048"]
     # A small cache, all pages of which are soon in use: until then the memory of the server grows.
     small = {"VLLM_CPU_KVCACHE_SPACE": "1"}
     with (
@@ -44,12 +45,10 @@ def main(model: Path, seconds: float) -> None:
             time.sleep(5)
             memory.append(_resident())
         quarter = max(1, len(memory) // 4)
-        early, late = (max(part) / 2**20 for part in (memory[quarter : 2 * quarter], memory[-quarter:]))
-        print(
-            dict(done), f"memory of the server: {early:.0f} MiB in the second quarter, {late:.0f} in the last"
-        )
+        quarters = [max(memory[i * quarter : (i + 1) * quarter]) // 2**20 for i in range(4)]
+        print(dict(done), f"memory of the server: {quarters} MiB in each quarter")
         assert not done["lost"], "requests were lost"
-        assert late < 1.05 * early, "memory grows"
+        assert quarters[-1] < 1.05 * quarters[1], "memory grows"
 
 
 def client(server: Server, text: list[int], number: int, until: float, done: Counter[str]) -> None:
@@ -97,4 +96,4 @@ def _resident() -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else 600)
+    main(Path(sys.argv[1]), *map(float, sys.argv[2:3]), *sys.argv[3:4])

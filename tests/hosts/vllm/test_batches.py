@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,22 @@ GEMMA = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "query_pre_attn_scalar": 64,
     "rope_local_base_freq": 10000.0,
+}
+LLAMA4 = {
+    **LLAMA,
+    "num_hidden_layers": 4,
+    "architectures": ["Llama4ForCausalLM"],
+    "model_type": "llama4_text",
+    "intermediate_size_mlp": 128,
+    "attention_chunk_size": 512,
+    "no_rope_layers": [1, 1, 1, 0],
+    "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_layers": [],
+    "interleave_moe_layer_step": 1,
+    "use_qk_norm": False,
+    "attn_temperature_tuning": False,
 }
 
 
@@ -130,6 +147,40 @@ def test_layers_with_a_sliding_window_are_the_host_s(tmp_path: Path, monkeypatch
         why = {name: layer.impl.why_not for name, layer in layers_of(llm).items()}
         run(llm, [300, 2000, 700])
     assert list(why.values()) == ["it has sliding_window", None, "it has sliding_window"]
+    assert seen.prompts > 3
+
+
+def test_groups_of_layers_of_one_kind_have_pages_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = ["full_attention"] * 4 + ["sliding_attention"]
+    shape = {**GEMMA, "num_hidden_layers": 5, "layer_types": kinds}
+    with serving(tmp_path, shape, ALWAYS) as llm, compared(monkeypatch) as seen:
+        run(llm, [300, 2000, 40, 700], steps=1)
+    assert seen.rests > 3
+
+
+def test_attention_that_the_host_derives_from_ours_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunked local attention: three of four layers, over the last 512 tokens at most."""
+    with serving(tmp_path, LLAMA4, ALWAYS) as llm, compared(monkeypatch) as seen:
+        run(llm, [300, 2000, 700], steps=1)
+    assert seen.prompts > 3
+    assert any(start % 512 or start > 512 for start in seen.starts)  # of the one layer that sees everything
+
+
+def test_layers_of_a_draft_are_the_host_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = tmp_path / "draft"
+    small.mkdir()
+    (small / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 1}))
+    draft = {"method": "draft_model", "model": str(small), "num_speculative_tokens": 2}
+    draft["attention_backend"] = "CUSTOM"
+    settings = {**ALWAYS, "top_k": [32, 64]}
+    with serving(tmp_path, LLAMA, settings, speculative_config=draft) as llm, compared(monkeypatch) as seen:
+        why = {name: layer.impl.why_not for name, layer in layers_of(llm).items()}
+        run(llm, [300, 1500])
+    assert sorted(why.values(), key=str) == [None, None, "it is of a draft model"]
     assert seen.prompts > 3
 
 
