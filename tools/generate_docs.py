@@ -24,7 +24,7 @@ from sparsek import SparseKConfig, recommend_k
 from sparsek.cli import COMMANDS, cli
 from sparsek.config import budget_range
 from sparsek.policy import on_cpu
-from sparsek.report.tables import markdown_table, milliseconds, with_error
+from sparsek.report.tables import markdown_table, milliseconds, with_error, with_quartiles
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "benchmarks"
@@ -104,7 +104,7 @@ def _beside(dense: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 def _spread(record: dict[str, Any]) -> str:
-    return f"{record['speedup']:.2f} ({record['speedup_low']:.2f}-{record['speedup_high']:.2f})"
+    return with_quartiles(record["speedup"], record["speedup_low"], record["speedup_high"])
 
 
 def speed() -> str:
@@ -182,7 +182,7 @@ def gpu() -> str:
             "all" if r["top_k"] == r["tokens"] else str(r["top_k"]),
             f"{milliseconds(r['baseline_ms'])} {r['baseline']}",
             milliseconds(r["ms"]),
-            f"{r['ratio']:.2f} ({r['ratio_low']:.2f}-{r['ratio_high']:.2f})",
+            with_quartiles(r["ratio"], r["ratio_low"], r["ratio_high"]),
         ]
         checked = [f"{r['max_abs_err']:.1e}", f"{r['peak_mib'] / r['baseline_peak_mib']:.2f}"]
         if r["queries"] == r["tokens"]:
@@ -281,8 +281,7 @@ def _vllm_requests(name: str) -> str:
         cells = [requests]
         for times, ratio, factor in (("first_s", "first_speedup", 1), ("token_s", "token_speedup", 1000)):
             cells += [f"{factor * median(r[times]):.{1 if factor > 1 else 2}f}" for r in (dense, ours)]
-            middle, low, high = ours[ratio]
-            cells.append(f"{middle:.2f} ({low:.2f}-{high:.2f})")
+            cells.append(with_quartiles(*ours[ratio]))
         rows.append(cells)
     titles = [
         "requests",

@@ -8,6 +8,7 @@ from typing import Any, Final
 import click
 
 from ..config import TopK
+from ..report.tables import with_quartiles
 from .notes import note, note_dense, note_spread
 from .options import (
     Budgets,
@@ -22,11 +23,6 @@ from .options import (
 from .output import Column, k_text, output_option, write_records
 from .progress import progress
 
-
-def _with_quartiles(ratio: tuple[float, float, float]) -> str:
-    return f"{ratio[0]:.2f} ({ratio[1]:.2f}-{ratio[2]:.2f})"
-
-
 COLUMNS: Final[list[Column]] = [
     ("model", lambda r: r.model),
     ("engine", lambda r: r.engine),
@@ -36,7 +32,7 @@ COLUMNS: Final[list[Column]] = [
     ("t/s", lambda r: f"{r.avg_ts:.2f} ± {r.stddev_ts:.2f}"),
     (
         "ratio",
-        lambda r: "" if r.speedup is None else _with_quartiles((r.speedup, r.speedup_low, r.speedup_high)),
+        lambda r: "" if r.speedup is None else with_quartiles(r.speedup, r.speedup_low, r.speedup_high),
     ),
     ("max error", lambda r: "" if r.max_abs_err is None else f"{r.max_abs_err:.1e}"),
 ]
@@ -48,9 +44,9 @@ REQUESTS_COLUMNS: Final[list[Column]] = [
     ("K", k_text),
     ("test", lambda r: r.test),
     ("first token, s", lambda r: f"{statistics.median(r.first_s):.3f}"),
-    ("ratio", lambda r: "" if r.first_speedup is None else _with_quartiles(r.first_speedup)),
+    ("ratio", lambda r: "" if r.first_speedup is None else with_quartiles(*r.first_speedup)),
     ("token, ms", lambda r: f"{1000 * statistics.median(r.token_s):.2f}"),
-    ("ratio", lambda r: "" if r.token_speedup is None else _with_quartiles(r.token_speedup)),
+    ("ratio", lambda r: "" if r.token_speedup is None else with_quartiles(*r.token_speedup)),
     ("max error", lambda r: "" if r.max_abs_err is None else f"{r.max_abs_err:.1e}"),
 ]
 

@@ -9,7 +9,7 @@ import click
 from ..config import TopK
 from ..engines.base import check_device
 from ..kernels.dispatch import BACKENDS
-from ..report.tables import milliseconds
+from ..report.tables import milliseconds, with_quartiles
 from .notes import note_dense, note_spread
 from .options import (
     Budgets,
@@ -33,7 +33,7 @@ COLUMNS: Final[list[Column]] = [
     ("ms", lambda r: milliseconds(r.ms)),
     ("baseline", lambda r: r.baseline),
     ("baseline ms", lambda r: "" if r.baseline_ms is None else milliseconds(r.baseline_ms)),
-    ("ratio", lambda r: "" if r.ratio is None else f"{r.ratio:.2f} ({r.ratio_low:.2f}-{r.ratio_high:.2f})"),
+    ("ratio", lambda r: "" if r.ratio is None else with_quartiles(r.ratio, r.ratio_low, r.ratio_high)),
     ("max error", lambda r: f"{r.max_abs_err:.1e}"),
 ]
 # The embedded model's shape, so that both kinds of inputs have one default.

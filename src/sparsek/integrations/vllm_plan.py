@@ -91,8 +91,13 @@ def others(common: Any, taken: tuple[Prompt, ...]) -> tuple[Any, Rows] | None:
         "slot_mapping": common.slot_mapping[rows],
     }
     of_whole_batch = (
-        *("positions", "is_prefilling", "req_idx", "_seq_lens_cpu", "_num_computed_tokens_cpu"),
-        *("_num_computed_tokens_cache", "_token_to_req_indices_cache"),
+        "positions",
+        "is_prefilling",
+        "req_idx",
+        "_seq_lens_cpu",
+        "_num_computed_tokens_cpu",
+        "_num_computed_tokens_cache",
+        "_token_to_req_indices_cache",
     )
     for name in of_whole_batch:
         if getattr(common, name, None) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from typing import Any, Final
@@ -38,9 +37,7 @@ def _additional(given: Any) -> dict[str, Any]:
     if not isinstance(given, dict):
         return {}
     if _KEY not in given:
-        ours = sorted(
-            name for name in given if name in {field.name for field in dataclasses.fields(SparseKConfig)}
-        )
+        ours = sorted(given.keys() & SparseKConfig().to_dict().keys())
         if ours:
             log.warning(
                 "additional_config has %s: settings of Sparse-K go into an object %r in it", ours, _KEY

@@ -46,3 +46,8 @@ def with_error(value: float, error: float | None) -> str:
 def milliseconds(ms: float) -> str:
     """Two decimals; below 1 ms four."""
     return f"{ms:.2f}" if ms >= 1 else f"{ms:.4f}"
+
+
+def with_quartiles(middle: float, low: float, high: float) -> str:
+    """A ratio: its median and, behind it, its quartiles."""
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import gc
 import json
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,13 @@ def serving(folder: Path, shape: dict[str, Any], sparsek: dict[str, Any], **opti
 
             cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def alone(function: Callable[..., Any], *args: Any) -> Any:
+    """Call it in a process of its own: of a model with CUDA graphs not all memory can be had back."""
+    start = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=start) as pool:
+        return pool.submit(function, *args).result()
 
 
 def model_of(llm: Any) -> Any:

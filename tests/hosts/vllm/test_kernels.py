@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import multiprocessing
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from .host import LLAMA, ON_CPU, serving
+from .host import LLAMA, ON_CPU, alone, serving
 from .test_batches import ALWAYS, run
 
 pytestmark = pytest.mark.skipif(ON_CPU, reason="kernels are compiled on a GPU alone")
@@ -33,13 +30,6 @@ def compiled() -> int:
     names = "prepare", "normalise", "score", "choose", "attend"
     caches = [cache[0] for name in names for cache in getattr(kernels, name).device_caches.values()]
     return sum(map(len, caches))
-
-
-def alone(function: Callable[..., None], *args: Any) -> None:
-    """Call it in a process of its own: of a model with CUDA graphs not all memory can be had back."""
-    start = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=start) as pool:
-        pool.submit(function, *args).result()
 
 
 def random_lengths(folder: Path, settings: dict[str, Any]) -> None:

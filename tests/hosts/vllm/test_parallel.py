@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import multiprocessing
 import os
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -12,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from .host import ON_CPU
+from .host import ON_CPU, alone
 from .test_server import model as exported
 
 # On the CPU vLLM 0.32 loses requests when layers are shared out, with Sparse-K or without.
@@ -50,13 +48,8 @@ def answer(folder: Path, parts: int) -> tuple[list[int], list[int]]:
     return list(done.outputs[0].token_ids), work
 
 
-def alone(folder: Path, parts: int) -> tuple[list[int], list[int]]:
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(answer, folder, parts).result()
-
-
 def test_layers_on_two(model: Path) -> None:
-    one, two = alone(model, 1), alone(model, 2)
+    one, two = alone(answer, model, 1), alone(answer, model, 2)
     assert two[0] == one[0]
     assert len(two[1]) == 2
     assert all(two[1])
