@@ -1,8 +1,10 @@
-"""Before anything imports Triton: without a GPU its kernels run in the interpreter, which it decides then."""
+"""What must hold before any test: Triton's kernels run in the interpreter where there is no GPU, which Triton
+decides when it is imported; and Ctrl-C reaches the processes that tests start."""
 
 from __future__ import annotations
 
 import os
+import signal
 from importlib.util import find_spec
 
 import pytest
@@ -12,6 +14,9 @@ if find_spec("torch") is not None:
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell's background jobs ignore SIGINT, and so would all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -239,7 +239,8 @@ def test_a_k_that_is_not_used_is_noted(capsys: pytest.CaptureFixture[str]) -> No
     assert "note" not in capsys.readouterr().err
 
 
-def test_index_makes_no_difference_to_the_result(sparsek: Sparsek) -> None:
+def test_a_result_is_as_exact_with_an_index(sparsek: Sparsek) -> None:
+    """The sums are in another order, so that the last bits may differ."""
     call = (
         "bench-attention",
         "--tokens",
@@ -255,7 +256,8 @@ def test_index_makes_no_difference_to_the_result(sparsek: Sparsek) -> None:
     )
     with_index, without = (json.loads(sparsek(*call, "-o", "json", *more))[0] for more in (["--index"], []))
     assert (with_index["index"], without["index"]) == (True, False)
-    assert with_index["max_abs_err"] == without["max_abs_err"] < 1e-5
+    assert 0 < with_index["max_abs_err"] < 1e-5
+    assert 0 < without["max_abs_err"] < 1e-5
 
 
 @pytest.mark.model

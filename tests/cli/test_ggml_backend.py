@@ -13,6 +13,7 @@ from sparsek import SparseKConfig
 from sparsek.engines.model_file import embedded_model
 from sparsek.integrations import llama_cpp_hosts as library
 
+from ..waiting import HANGS
 from .conftest import Sparsek
 
 
@@ -39,7 +40,7 @@ def test_the_lines_for_xllamacpp_work() -> None:
     lines = library.instructions(library.installed_backend())["xllamacpp"]
     code = lines.replace("model.gguf", str(embedded_model()))
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "loaded SPARSEK backend" in done.stderr

@@ -19,6 +19,7 @@ from sparsek.cli import main
 
 from .. import tiny_gguf
 from ..tiny_gguf import TinyModel
+from ..waiting import HANGS
 from .conftest import Sparsek
 
 SPARSE = ["-k", "8", "--min-context", "0", "--threads", "1"]  # threads wait where other processes run
@@ -88,7 +89,7 @@ def test_logits_that_are_not_finite(sparsek_fails: Sparsek, tmp_path: Path) -> N
     for command in ("run", "eval", "bench", "tune"):
         assert sparsek_fails(command, "-m", file, *LLAMA[command]) == told
     asked = [sys.executable, "-m", "sparsek", "serve", "-m", file, *LLAMA["serve"]]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=HANGS)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{told}\n")
 
 
@@ -99,7 +100,7 @@ def test_where_llama_cpp_breaks_off(tmp_path: Path) -> None:
     file = str(model.write(tmp_path / "model.gguf"))
     for command in ("run", "serve"):
         asked = [sys.executable, "-m", "sparsek", command, "-m", file, *LLAMA[command]]
-        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=HANGS)
         assert (done.returncode, done.stdout) == (2, "")
         (line,) = done.stderr.splitlines()
         assert line.startswith(f"sparsek: llama.cpp breaks off with {file}, which may be damaged: ")
@@ -160,7 +161,9 @@ def test_names_of_any_bytes(tmp_path: Path, name: bytes, locale: dict[str, str])
     file = tmp_path / os.fsdecode(name)
     tiny_gguf.llama().write(tmp_path / "a.gguf").rename(file)
     asked = [sys.executable, "-m", "sparsek", "bench", "-m", str(file), *LLAMA["bench"]]
-    done = subprocess.run(asked, capture_output=True, env={**os.environ, **locale}, check=False, timeout=60)
+    done = subprocess.run(
+        asked, capture_output=True, env={**os.environ, **locale}, check=False, timeout=HANGS
+    )
     assert done.returncode == 0, done.stderr
     shown = file.stem.replace("\udce9", "\\xe9")
     assert [line.split()[1] for line in done.stdout.decode().splitlines()[2:]] == [shown] * 2

@@ -25,11 +25,11 @@ pytest.importorskip("xllamacpp")
 from sparsek.engines.model_file import embedded_model
 
 from .. import tiny_gguf
+from ..waiting import HANGS
 from .conftest import Sparsek
 
 pytestmark = pytest.mark.model
 
-SECONDS = 120  # a machine that does other things too is slow
 CONTEXT = 4096
 
 
@@ -47,7 +47,7 @@ class Served:
         self.address = line.split()[-1]
 
     def get(self, path: str) -> Any:
-        with urlopen(self.address + path, timeout=SECONDS) as answer:
+        with urlopen(self.address + path, timeout=HANGS) as answer:
             return json.load(answer)
 
     def chat(self, text: str, tokens: int = 8) -> dict[str, Any]:
@@ -75,14 +75,12 @@ class Served:
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        return urlopen(request, timeout=SECONDS)
+        return urlopen(request, timeout=HANGS)
 
-    def end(self, number: int = signal.SIGINT) -> tuple[int, float]:
-        """Exit code, and the seconds that it took."""
-        start = time.perf_counter()
+    def end(self, number: int = signal.SIGINT) -> int:
+        """Exit code."""
         self.process.send_signal(number)
-        code = self.process.wait(20)
-        return code, time.perf_counter() - start
+        return self.process.wait(HANGS)
 
     def counts(self) -> tuple[int, ...]:
         """Operations with Sparse-K, with our dense kernel, and given back; logged at the end."""
@@ -136,9 +134,7 @@ def test_answers_with_sparse_k(served: Any) -> None:
     assert refused.value.code == 400
     assert "context size" in json.load(refused.value)["error"]["message"]
 
-    code, seconds = server.end()
-    assert code == 0
-    assert seconds < 5
+    assert server.end() == 0
     sparse, dense, by_host = server.counts()
     assert sparse >= 29 * 3  # 29 of the model's 30 layers, in batches of 512 tokens
     assert dense > 0
@@ -150,7 +146,7 @@ def test_obeys_what_the_model_carries(served: Any, sparsek: Sparsek, tmp_path: P
     sparsek("annotate", str(embedded_model()), str(model), "-k", "64", "--min-context", "0")
     server = served("-c", "1024", "-m", str(model))
     server.chat(long_text(20))
-    assert server.end()[0] == 0
+    assert server.end() == 0
     sparse, dense, _ = server.counts()
     assert sparse > 0
     assert dense > 0
@@ -161,7 +157,7 @@ def test_shards_with_a_name_of_any_bytes(served: Any, tmp_path: Path) -> None:
     server = served("-c", "64", "-k", "0", "--threads", "1", "-m", str(first))
     assert server.get("/v1/models")["data"][0]["id"] == "caf\\xe9"
     assert server.chat("Hi", 4)["usage"]["completion_tokens"] == 4
-    assert server.end()[0] == 0
+    assert server.end() == 0
 
 
 def test_a_zero_byte_is_part_of_a_question(served: Any, tmp_path: Path) -> None:
@@ -176,8 +172,7 @@ def test_dense_leaves_attention_to_llama_cpp(served: Any) -> None:
     server = served("-c", "512", "-k", "0")
     answer = server.chat("What is two plus two?")["choices"][0]["message"]["content"]
     assert "two plus two" in answer.lower()
-    code, _ = server.end(signal.SIGTERM)
-    assert code == 0
+    assert server.end(signal.SIGTERM) == 0
     assert server.counts() == (0, 0, 0)
 
 
@@ -186,11 +181,10 @@ def test_ends_at_once_in_the_middle_of_an_answer(served: Any) -> None:
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(server.chat, long_text(150), 500)
         time.sleep(1)
-        code, seconds = server.end()
+        code = server.end()
         with pytest.raises((OSError, HTTPException)):  # the client sees that the connection was closed
             asked.result()
     assert code == 0
-    assert seconds < 10
 
 
 def test_port_in_use(sparsek_fails: Sparsek) -> None:

@@ -24,6 +24,7 @@ from sparsek.verify import verify
 
 from .. import oracle
 from ..strategies import Case, cases, examples, tail_cases
+from ..waiting import HANGS
 
 PURE = SparseKConfig.pure(24)
 DEFAULT = SparseKConfig(top_k=24, min_context=0)
@@ -59,7 +60,7 @@ def run(q: Any, k: Any, v: Any, config: SparseKConfig = DEFAULT, **options: Any)
 def python(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
     prelude = "import os, torch, sparsek\nfrom sparsek import SparseKConfig, attention\n"
     return subprocess.run(
-        [sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=120, **options
+        [sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=HANGS, **options
     )
 
 
@@ -274,23 +275,35 @@ def test_two_python_threads_call_at_once() -> None:
 
 
 def test_control_c_ends_a_long_call_within_a_second() -> None:
-    code = (
-        "q = torch.randn(1, 16, 40_000, 64)\nprint('go', flush=True)\n"
-        "attention(q, q, q, config=SparseKConfig.pure(64), is_causal=True, backend='cpu')\nprint('done')"
-    )
-    prelude = "import torch\nfrom sparsek import SparseKConfig, attention\n"
+    """Counted in seconds of two processors, for on a busy machine those of a clock say nothing. The whole
+    call takes a hundred."""
+    code = """
+import time, torch
+from sparsek import SparseKConfig, attention
+q = torch.randn(1, 16, 40_000, 64)
+begin = time.process_time()
+print("go", flush=True)
+try:
+    attention(q, q, q, config=SparseKConfig.pure(64), is_causal=True, backend="cpu")
+except KeyboardInterrupt:
+    print(time.process_time() - begin)
+    raise
+"""
+    environment = {**os.environ, "SPARSEK_NUM_THREADS": "2"}
     process = subprocess.Popen(
-        [sys.executable, "-c", prelude + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "go\n"
     time.sleep(0.5)
-    start = time.perf_counter()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANGS)
     assert "KeyboardInterrupt" in err
-    assert "done" not in out
-    assert time.perf_counter() - start < 2  # and that includes Python's own end
+    assert float(out) < 2 * (0.5 + 1)
 
 
 def test_a_forked_process_can_call() -> None:
