@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 CPP := $(shell find cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo test test-gpu test-vllm test-vllm-gpu test-architectures test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu bench-gpu-model bench-vllm bench-vllm-gpu study docs clean
+.PHONY: help setup demo test test-docs test-gpu test-vllm test-vllm-gpu test-architectures test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu bench-gpu-model bench-vllm bench-vllm-gpu study docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,9 @@ test: $(READY) ## C++ and Python tests
 	$(BIN)/cmake --build build/cpp-tests
 	$(BIN)/ctest --test-dir build/cpp-tests --output-on-failure
 	$(BIN)/pytest
+
+test-docs: $(READY) ## the long code blocks of README and docs, and its installs in clean environments (ten minutes)
+	$(BIN)/pytest tests/docs --docs
 
 test-gpu: $(READY) ## the GPU kernels and their timing on the card; elsewhere in Triton's interpreter
 	$(BIN)/pytest tests/kernels/test_triton_*.py tests/kernels/test_*_gpu.py tests/kernels/test_break_even.py tests/bench \

@@ -25,3 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="All architectures of Transformers in test_architectures.py, not a selection.",
     )
+    parser.addoption("--docs", action="store_true", help="The long code blocks of README and docs too.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--docs"):
+        for item in items:
+            if item.get_closest_marker("docs"):
+                item.add_marker(pytest.mark.skip(reason="make test-docs"))

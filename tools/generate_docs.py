@@ -23,18 +23,18 @@ import click
 from sparsek import SparseKConfig, recommend_k
 from sparsek.cli import COMMANDS, cli
 from sparsek.config import budget_range
-from sparsek.policy import on_cpu
+from sparsek.policy import auto_top_k, on_cpu
 from sparsek.report.tables import markdown_table, milliseconds, with_error, with_quartiles
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "benchmarks"
-_PAGES = ROOT / "README.md", ROOT / "docs" / "choosing-k.md", ROOT / "docs" / "vllm.md"
+_CLI_PAGE = ROOT / "docs" / "cli.md"
 TARGET = 0.01  # of KL
 
 
 def main() -> int:
-    wanted = {file: _filled(file) for file in _PAGES}
-    wanted[ROOT / "docs" / "cli.md"] = _cli_page()
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    wanted = {file: _cli_page() if file == _CLI_PAGE else _filled(file) for file in pages}
     stale = [file for file, text in wanted.items() if not file.exists() or file.read_text() != text]
     if "--check" in sys.argv:
         for file in stale:
@@ -45,6 +45,37 @@ def main() -> int:
         file.write_text(wanted[file])
         print(f"wrote {file.relative_to(ROOT)}")
     return 0
+
+
+def summary() -> str:
+    """What it gains and costs, one row an engine: the shortest, a middle and the longest prompt measured."""
+    same_k = ("auto", auto_top_k(4096))
+    (cpu_cost,) = [r for r in _records("quality.jsonl") if r["top_k"] in same_k and r["config"]["window"]]
+    gpu_cost = max(_records("quality-gpu.jsonl"), key=lambda r: r["context"])
+    (vllm_cost,) = [r for r in _records("quality-vllm-gpu.jsonl") if r["config"]]
+    llama = _records("speed-llama.jsonl")
+    with_flash = llama[: len(llama) // 2]  # the other half is beside flash attention off
+    engines = [
+        ("llama.cpp", with_flash, cpu_cost),
+        ("Transformers", _records("speed-gpu.jsonl"), gpu_cost),
+        ("vLLM", _records("speed-vllm.jsonl"), vllm_cost),
+    ]
+    rows, machines = [], []
+    for name, records, cost in engines:
+        ours = [r for r in records if r["n_prompt"] and r["config"] and r.get("n_devices", 1) == 1]
+        ours.sort(key=lambda r: r["n_prompt"])
+        first = ours[0]
+        machine = first["environment"].get("gpu") or f"2 threads, {first['environment']['cpu']}"
+        gains = [f"{r['n_prompt']}: {r['speedup']:.2f}" for r in (first, ours[len(ours) // 2], ours[-1])]
+        cost_cells = [f"{cost['ppl_ratio']:.3f}", f"{cost['kl_mean']:.3f}"]
+        rows.append([f"{name}, {machine}", *gains, *cost_cells])
+        machines.append(f"{first['model']}, cost on {cost['model']} at {cost['context']} tokens")
+    titles = ["engine", "short", "middle", "long", "perplexity ratio", "KL"]
+    models = "; ".join(f"{name}: {text}" for (name, *_), text in zip(engines, machines, strict=True))
+    return (
+        f"{markdown_table(titles, rows)}\n\nTokens of a prompt, and how many times as fast as the fastest "
+        f"dense attention of the same engine the whole model reads it. {models}."
+    )
 
 
 def quality() -> str:
@@ -488,6 +519,7 @@ def _machine(record: dict[str, Any]) -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "summary": summary,
     "quality": quality,
     "llama": llama,
     "speed": speed,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from .extras import how_to_install
+
 
 def main() -> int:
     try:
@@ -12,7 +14,7 @@ def main() -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("click", "rich"):
             raise
-        print(f"sparsek: the command line needs {error.name}: pip install 'sparsek[cli]'", file=sys.stderr)
+        print(f"sparsek: the command line needs {error.name}: {how_to_install('cli')}", file=sys.stderr)
         return 2
     streams.prepare()
     return run()

@@ -15,6 +15,7 @@ from ..bench.environment import cpu_name, environment, package_version
 from ..config import SparseKConfig
 from ..engines.base import ENGINES
 from ..engines.model_file import embedded_model
+from ..extras import how_to_install
 from ..kernels import dispatch
 from ..policy import recommend_k, resolve
 
@@ -67,7 +68,7 @@ def _facts(context: int) -> dict[str, dict[str, Any]]:
         "GPU": _gpu(),
         "packages": packages,
         "engines": {
-            name: "ready" if find_spec(package) else f"needs {package}: pip install 'sparsek[{_extra(name)}]'"
+            name: "ready" if find_spec(package) else f"needs {package}: {how_to_install(_extra(name))}"
             for name, (_, _, package) in ENGINES.items()
         },
         "kernels, in the order auto tries them": dispatch.describe(),

@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from ..config import SparseKConfig, TopK, budget_name
 from ..engines.base import check_fits, default_engine
 from ..engines.text import option_text, shown_name
+from ..extras import how_to_install
 from ..policy import on_gpu
 from .options import (
     Budgets,
@@ -134,7 +135,7 @@ def command(
     """
     sentence = option_text(sentence, "--sentence")
     if find_spec("matplotlib") is None:
-        raise ImportError("the pictures need matplotlib: pip install 'sparsek[report]'")
+        raise ImportError(f"the pictures need matplotlib: {how_to_install('report')}")
     from ..bench.environment import environment
     from ..bench.text import read_text
     from ..evaluate import for_report

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from ..config import KEEP_ALL, SparseKConfig
+from ..extras import how_to_install
 from ..integrations.observers import Observer
 
 _SHORT_PROMPT: Final = 16  # tokens; of fewer, llama.cpp may compute attention itself
@@ -198,7 +199,7 @@ def open_engine(
         raise ValueError(f"engine {name!r}: must be one of {', '.join(ENGINES)}")
     module, class_name, package = ENGINES[name]
     if find_spec(package) is None:
-        raise ImportError(f"engine {name!r} is not installed: pip install 'sparsek[{name}]'")
+        raise ImportError(f"engine {name!r} is not installed: {how_to_install(name)}")
     make = getattr(import_module(module), class_name)
     if device != "cpu" and name == "llama":
         raise ValueError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from ..config import SparseKConfig
+from ..extras import how_to_install
 from ..integrations import llama_cpp as integration
 from . import gguf_model
 from .base import check_fits
@@ -51,7 +52,7 @@ def read_model(model: str | None) -> ServableModel:
         FileNotFoundError, ValueError: as `find_model`. ImportError: xllamacpp is not installed.
     """
     if find_spec("xllamacpp") is None:
-        raise ImportError("the server is not installed: pip install 'sparsek[llama]'")
+        raise ImportError(f"the server is not installed: {how_to_install('llama')}")
     path = find_model(model)
     if not path.is_file():
         raise ValueError(f"the server needs a GGUF file: {path}")

@@ -1,6 +1,6 @@
 """Sparse-K in vLLM, unmodified: a plug-in that vLLM finds by itself.
 
-    pip install 'sparsek[vllm]'
+    pip install '.[vllm]'
     vllm serve MODEL --attention-backend CUSTOM
 
 This module is what vLLM imports in each of its processes, also for users who do not ask for Sparse-K: it
