@@ -48,8 +48,9 @@ SPARSEK_EXPORT void sparsek_name_model(const char* name) {
 }
 
 // An abort callback for the host: ends the process with one line, where the host would show its own stack.
+// Not to `stderr`, which may be somebody's pipe: nobody would read it any more.
 SPARSEK_EXPORT void sparsek_break_off(const char* message) {
-    std::fprintf(stderr, "sparsek: llama.cpp breaks off with %s, which may be damaged: %s\n", model->c_str(),
-                 message);
+    dprintf(STDERR_FILENO, "sparsek: llama.cpp breaks off with %s, which may be damaged: %s\n",
+            model->c_str(), message);
     _exit(kFailed);
 }

@@ -38,7 +38,7 @@ class Served:
 
     def __init__(self, log: Path, *options: str) -> None:
         self.log = log
-        command = [sys.executable, "-m", "sparsek", "serve", "--port", "0", "--debug", *options]
+        command = [sys.executable, "-m", "sparsek", "serve", "--port", "0", *options]
         with log.open("w") as errors:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert self.process.stdout is not None
@@ -49,6 +49,16 @@ class Served:
     def get(self, path: str) -> Any:
         with urlopen(self.address + path, timeout=HANGS) as answer:
             return json.load(answer)
+
+    def says(self, pattern: str, count: int = 1) -> list[re.Match[str]]:
+        """The lines of the log that are like this, when there are so many."""
+        for _ in range(100):
+            found = list(re.finditer(f"^{pattern}$", self.log.read_text(), re.MULTILINE))
+            if len(found) >= count:
+                break
+            time.sleep(0.1)
+        assert len(found) == count, self.log.read_text()
+        return found
 
     def chat(self, text: str, tokens: int = 8) -> dict[str, Any]:
         with self.request(text, tokens) as answer:
@@ -94,8 +104,9 @@ def served(tmp_path: Path) -> Iterator[Any]:
     """Starts servers, and ends those that the test leaves."""
     started: list[Served] = []
 
-    def start(*options: str) -> Served:
-        started.append(Served(tmp_path / f"{len(started)}.log", *options))
+    def start(*options: str, debug: bool = True) -> Served:
+        more = ["--debug"] if debug else []
+        started.append(Served(tmp_path / f"{len(started)}.log", *more, *options))
         return started[-1]
 
     yield start
@@ -187,6 +198,90 @@ def test_ends_at_once_in_the_middle_of_an_answer(served: Any) -> None:
     assert code == 0
 
 
+READ = r"\d\d:\d\d:\d\d read (\d+) tokens in \d+\.\d\d s \(\d+\.\d tokens/s\), (\d+) from the cache"
+WROTE = r"wrote (\d+)(?: in \d+\.\d\d s \(\d+\.\d tokens/s\))?"
+
+
+def test_says_what_it_does(served: Any) -> None:
+    """At the start, of every answer, and of requests that get none; nothing else."""
+    options = ["-c", "1024", "--parallel", "2", "-k", "32", "--min-context", "512", "--threads", "1"]
+    server = served(*options, debug=False)
+    server.says("SmolLM2-135M-Instruct.Q4_1: K 32, context 1024, slots 2, threads 1")
+    server.says("attention: Sparse-K from 512 tokens of context on; dense layers: 0")
+
+    answers = [server.chat("Hi", 1), server.chat(long_text(40)), server.chat(long_text(40) + " Why?")]
+    lines = server.says(f"{READ}; {WROTE}; (Sparse-K|dense, below min_context 512)", 3)
+    for line, usage in zip(lines, [answer["usage"] for answer in answers], strict=True):
+        read, cached, written = map(int, line.groups()[:3])
+        assert read + cached == usage["prompt_tokens"]
+        assert cached == usage["prompt_tokens_details"]["cached_tokens"]
+        assert written == usage["completion_tokens"]
+    assert int(lines[2][2]) > 512
+    assert [line[4] for line in lines] == ["dense, below min_context 512", "Sparse-K", "Sparse-K"]
+
+    with server.request("Hi", 3, n=2):
+        pass
+    server.says(f"{READ}; {WROTE}; .*", 5)
+    with pytest.raises(HTTPError, match="400"):
+        server.request("Hi", 3, n=3)
+    with pytest.raises(HTTPError, match="400"):
+        server.chat(long_text(100))
+    server.says(r"\S+ refused: request \(\d+ tokens\) exceeds the available context size \(1024 tokens\).*")
+
+    answer = server.request(long_text(45), 900, stream=True)
+    answer.readline()
+    answer.close()
+    server.says(r"\S+ broken off by the client after \d+ tokens")
+    assert server.end()[0] == 0
+    assert len(server.log.read_text().splitlines()) == 2 + 5 + 2
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["-k", "0"], "llama.cpp's own, dense, for K is 0"),
+        (
+            ["-k", "8"],
+            r"dense, for the context of 256 tokens is below min_context, 2048 \(--min-context 0 uses",
+        ),
+        (["-k", "300", "--min-context", "0"], "dense, for K 300 keeps all of the 256 tokens"),
+        (["--dense-layers", "0,1", "--min-context", "0"], "dense, for dense_layers names every layer"),
+        (["--min-context", "0"], "Sparse-K; dense layers: 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_says_whether_sparse_k_will_run(served: Any, tmp_path: Path, options: list[str], why: str) -> None:
+    model = str(tiny_gguf.llama().write(tmp_path / "tiny.gguf"))
+    server = served("-c", "128", "--threads", "1", "-m", model, *options, debug=False)
+    server.says(f"attention: {why}.*")
+    assert server.chat("Hello", 2)["usage"]["completion_tokens"] == 2
+    server.says(f"{READ}; {WROTE}; {'Sparse-K' if why.startswith('Sparse') else 'dense'}.*")
+
+
+def test_says_that_the_attention_of_a_model_is_not_taken(served: Any, tmp_path: Path) -> None:
+    model = str(tiny_gguf.mamba().write(tmp_path / "mamba.gguf"))
+    server = served("-c", "128", "--threads", "1", "-m", model, "--min-context", "0", debug=False)
+    server.says("attention: llama.cpp's own, dense: Sparse-K does not take that of this model")
+
+
+def test_keys_and_metrics(served: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ["-c", "128", "--threads", "1", "-m", str(tiny_gguf.llama().write(tmp_path / "tiny.gguf"))]
+    open_to_all = served(*model)
+    with pytest.raises(HTTPError, match="501"):
+        open_to_all.get("/metrics")
+    server = served(*model, "--metrics", "--api-key", "first", "--api-key", "second")
+    assert server.get("/health") == {"status": "ok"}
+    with pytest.raises(HTTPError, match="401"):
+        server.chat("Hi")
+    for key in ("first", "second"):
+        request = Request(server.address + "/metrics", headers={"Authorization": f"Bearer {key}"})
+        with urlopen(request, timeout=SECONDS) as answer:
+            assert b"llamacpp:prompt_tokens_total" in answer.read()
+    monkeypatch.setenv("LLAMA_API_KEY", "third")
+    with pytest.raises(HTTPError, match="401"):
+        served(*model).chat("Hi")
+
+
 def test_port_in_use(sparsek_fails: Sparsek) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -207,6 +302,11 @@ def test_port_in_use(sparsek_fails: Sparsek) -> None:
         (["--port", "70000"], "70000 is not in the range"),
         (["--host", "no.such.host"], "cannot listen on no.such.host, port 8080"),
         (["--sinks", "-1"], "sinks = -1: must be an integer from 0"),
+        (["--embeddings"], "serve has no --embeddings: llama.cpp's own llama-server has it"),
+        (["--reranking", "-c", "512"], "serve has no --reranking: llama.cpp's own llama-server has it"),
+        (["--mmproj", "file"], "serve has no --mmproj: "),
+        (["--api-key", ""], "--api-key '': must be printable ASCII characters without spaces"),
+        (["--api-key", "a\nb"], "--api-key 'a\\nb': must be"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -69,6 +69,23 @@ def _stacked(*options: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+def refused_option(names: Sequence[str], why: str) -> Callable[[F], F]:
+    """Options that users know from other programs and that are not there: an error, with `why`, in which
+    {option} is the one that was given."""
+
+    def refuse(option: str) -> Callable[[F], F]:
+        def say(_ctx: click.Context, _param: click.Parameter, given: Any) -> None:
+            if given is not None:
+                raise click.UsageError(why.format(option=option))
+
+        # A value may follow; where none does, none is asked for.
+        return click.option(
+            option, hidden=True, expose_value=False, is_eager=True, is_flag=False, flag_value="", callback=say
+        )
+
+    return _stacked(*map(refuse, names))
+
+
 model_option = click.option(
     "-m", "--model", metavar="PATH", help="GGUF file or model directory.  [default: embedded model]"
 )
