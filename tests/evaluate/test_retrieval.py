@@ -66,7 +66,7 @@ def test_the_passage_comes_twice(engine: Engine) -> None:
 
 def test_scores_are_those_of_the_models_own_logits(engine: Engine) -> None:
     _, text = read_text(None)
-    records = retrieve(engine, [None, CONFIG], text=text, text_name="x", context=CONTEXT, seed=3)
+    records = list(retrieve(engine, [None, CONFIG], text=text, text_name="x", context=CONTEXT, seed=3))
     assert [r.top_k_used for r in records if r.config is not None] == [8] * 11
     assert [r.task for r in records if r.config is None] == [TASKS[0]] * 5 + [TASKS[1]] * 5 + [TASKS[2]]
     sequence = words(engine).passkey()
@@ -94,6 +94,6 @@ def test_scores_are_those_of_the_models_own_logits(engine: Engine) -> None:
 
 def test_a_context_too_short_is_refused(engine: Engine) -> None:
     with pytest.raises(ValueError, match="context = 100: retrieval needs 512 to 8192 tokens"):
-        retrieve(engine, [CONFIG], text="word " * 999, text_name="x", context=100)
+        next(retrieve(engine, [CONFIG], text="word " * 999, text_name="x", context=100))
     with pytest.raises(ValueError, match=r"the text has .* tokens, retrieval at 600 needs as many"):
-        retrieve(engine, [CONFIG], text="word", text_name="x", context=600)
+        next(retrieve(engine, [CONFIG], text="word", text_name="x", context=600))

@@ -20,34 +20,40 @@ from .options import (
     rule_options,
     use_threads,
 )
-from .output import Column, k_text, output_option, write_records
+from .output import Column, Records, k_text, output_option
 from .progress import progress
 
-COLUMNS: Final[list[Column]] = [
-    ("model", lambda r: r.model),
-    ("engine", lambda r: r.engine),
-    ("threads", lambda r: str(r.n_threads)),
-    ("K", k_text),
-    ("test", lambda r: r.test),
-    ("t/s", lambda r: f"{r.avg_ts:.2f} ± {r.stddev_ts:.2f}"),
-    (
+COLUMNS: Final = [
+    Column("model", lambda r: r.model),
+    Column("engine", lambda r: r.engine),
+    Column("threads", lambda r: str(r.n_threads), right=True),
+    Column("K", k_text, 10),
+    Column("test", lambda r: r.test, 13),
+    Column("t/s", lambda r: f"{r.avg_ts:.2f} ± {r.stddev_ts:.2f}", 16, right=True),
+    Column(
         "ratio",
         lambda r: "" if r.speedup is None else with_quartiles(r.speedup, r.speedup_low, r.speedup_high),
+        16,
+        right=True,
     ),
-    ("max error", lambda r: "" if r.max_abs_err is None else f"{r.max_abs_err:.1e}"),
+    Column("max error", lambda r: "" if r.max_abs_err is None else f"{r.max_abs_err:.1e}", right=True),
 ]
 
 
-REQUESTS_COLUMNS: Final[list[Column]] = [
-    ("model", lambda r: r.model),
-    ("engine", lambda r: r.engine),
-    ("K", k_text),
-    ("test", lambda r: r.test),
-    ("first token, s", lambda r: f"{statistics.median(r.first_s):.3f}"),
-    ("ratio", lambda r: "" if r.first_speedup is None else with_quartiles(*r.first_speedup)),
-    ("token, ms", lambda r: f"{1000 * statistics.median(r.token_s):.2f}"),
-    ("ratio", lambda r: "" if r.token_speedup is None else with_quartiles(*r.token_speedup)),
-    ("max error", lambda r: "" if r.max_abs_err is None else f"{r.max_abs_err:.1e}"),
+REQUESTS_COLUMNS: Final = [
+    Column("model", lambda r: r.model),
+    Column("engine", lambda r: r.engine),
+    Column("K", k_text, 11),
+    Column("test", lambda r: r.test, 16),
+    Column("first token, s", lambda r: f"{statistics.median(r.first_s):.3f}", right=True),
+    Column(
+        "ratio", lambda r: "" if r.first_speedup is None else with_quartiles(*r.first_speedup), 16, right=True
+    ),
+    Column("token, ms", lambda r: f"{1000 * statistics.median(r.token_s):.2f}", right=True),
+    Column(
+        "ratio", lambda r: "" if r.token_speedup is None else with_quartiles(*r.token_speedup), 16, right=True
+    ),
+    Column("max error", lambda r: "" if r.max_abs_err is None else f"{r.max_abs_err:.1e}", right=True),
 ]
 
 
@@ -130,8 +136,9 @@ def command(
 ) -> None:
     """Prompt and generation speed: dense attention beside Sparse-K.
 
-    Configurations are timed in alternation. The ratio is speed over dense, the median of paired
-    repetitions and its quartiles; every sparse row was verified against the reference in the same run.
+    Configurations are timed in alternation, and shown when their test is complete. The ratio is speed over
+    dense, the median of paired repetitions and its quartiles; every sparse row was verified against the
+    reference in the same run.
 
     \b
     Examples:
@@ -165,34 +172,38 @@ def command(
         configs = [None, *configs]
     if requests is not None:
         lengths = [n for n in prompts if n]
-        with progress("bench", len(lengths) * len(configs) * repetitions) as advance:
-            served = list(
-                bench_requests(
-                    opened,
-                    lengths,
-                    configs,
-                    requests=requests,
-                    generated=generate,
-                    text=words,
-                    repetitions=repetitions,
-                    advance=advance,
-                )
-            )
-        write_records(served, output, REQUESTS_COLUMNS)
-        return
-    with progress("bench", len(planned) * len(configs) * repetitions) as advance:
-        records = list(
-            library.bench(
+        with (
+            Records(output, REQUESTS_COLUMNS) as shown,
+            progress("bench", len(lengths) * len(configs) * repetitions) as advance,
+        ):
+            for served in bench_requests(
                 opened,
-                planned,
+                lengths,
                 configs,
+                requests=requests,
+                generated=generate,
                 text=words,
-                threads=use_threads(threads),
                 repetitions=repetitions,
                 advance=advance,
-            )
-        )
-    write_records(records, output, COLUMNS)
+            ):
+                shown.add(served)
+        return
+    records = []
+    with (
+        Records(output, COLUMNS) as shown,
+        progress("bench", len(planned) * len(configs) * repetitions) as advance,
+    ):
+        for record in library.bench(
+            opened,
+            planned,
+            configs,
+            text=words,
+            threads=use_threads(threads),
+            repetitions=repetitions,
+            advance=advance,
+        ):
+            records.append(record)
+            shown.add(record)
     note_spread(
         [
             (f"{r.test}, K = {k_text(r)}", r.samples_ns, (r.speedup, r.speedup_low, r.speedup_high))

@@ -19,22 +19,27 @@ from .options import (
     rule_options,
     use_threads,
 )
-from .output import Column, output_option, write_records
+from .output import Column, Records, output_option
 from .progress import progress
 
-_BATCH: Final[Column] = ("batch", lambda r: str(r.batch))
-COLUMNS: Final[list[Column]] = [
-    ("inputs", lambda r: r.inputs),
-    ("dtype", lambda r: r.dtype),
-    ("heads", lambda r: f"{r.heads}/{r.kv_heads}x{r.head_dim}"),
-    ("queries", lambda r: str(r.queries)),
-    ("tokens", lambda r: str(r.tokens)),
-    ("K", lambda r: "all" if r.top_k == r.tokens else str(r.top_k)),
-    ("ms", lambda r: milliseconds(r.ms)),
-    ("baseline", lambda r: r.baseline),
-    ("baseline ms", lambda r: "" if r.baseline_ms is None else milliseconds(r.baseline_ms)),
-    ("ratio", lambda r: "" if r.ratio is None else with_quartiles(r.ratio, r.ratio_low, r.ratio_high)),
-    ("max error", lambda r: f"{r.max_abs_err:.1e}"),
+_BATCH: Final = Column("batch", lambda r: str(r.batch), right=True)
+COLUMNS: Final = [
+    Column("inputs", lambda r: r.inputs),
+    Column("dtype", lambda r: r.dtype),
+    Column("heads", lambda r: f"{r.heads}/{r.kv_heads}x{r.head_dim}"),
+    Column("queries", lambda r: str(r.queries), right=True),
+    Column("tokens", lambda r: str(r.tokens), 7, right=True),
+    Column("K", lambda r: "all" if r.top_k == r.tokens else str(r.top_k), 5, right=True),
+    Column("ms", lambda r: milliseconds(r.ms), 8, right=True),
+    Column("baseline", lambda r: r.baseline),
+    Column("baseline ms", lambda r: "" if r.baseline_ms is None else milliseconds(r.baseline_ms), right=True),
+    Column(
+        "ratio",
+        lambda r: "" if r.ratio is None else with_quartiles(r.ratio, r.ratio_low, r.ratio_high),
+        16,
+        right=True,
+    ),
+    Column("max error", lambda r: f"{r.max_abs_err:.1e}", right=True),
 ]
 # The embedded model's shape, so that both kinds of inputs have one default.
 _HEADS, _KV_HEADS, _HEAD_DIM = 9, 3, 64
@@ -140,9 +145,11 @@ def command(
     count = use_threads(threads)
     check_device(device)
     records = []
-    with progress(
-        "bench-attention", len(tokens) * len(configs) * repetitions * (1 + (baseline != "none"))
-    ) as advance:
+    calls = len(tokens) * len(configs) * repetitions * (1 + (baseline != "none"))
+    with (
+        Records(output, [_BATCH, *COLUMNS] if batch > 1 else COLUMNS) as shown,
+        progress("bench-attention", calls) as advance,
+    ):
         for length in tokens:
             rows = queries or length
             if inputs == "model":
@@ -174,7 +181,7 @@ def command(
                         advance=advance,
                     )
                 )
-    write_records(records, output, [_BATCH, *COLUMNS] if batch > 1 else COLUMNS)
+                shown.add(records[-1])
     note_spread(
         [
             (f"{r.tokens} tokens, K = {r.top_k}", r.samples_ns, (r.ratio, r.ratio_low, r.ratio_high))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import click
 from click.core import ParameterSource
@@ -21,26 +21,22 @@ from .options import (
     rule_options,
     text_option,
 )
-from .output import Column, k_text, output_option, write_records, write_table
-from .progress import progress
+from .output import Column, Records, Table, k_text, output_option, show
+from .progress import progress, without_bar
 
-if TYPE_CHECKING:
-    from ..evaluate.retrieval import RetrievalRecord
-
-
-COLUMNS: Final[list[Column]] = [
-    ("model", lambda r: r.model),
-    ("engine", lambda r: r.engine),
-    ("text", lambda r: r.text),
-    ("context", lambda r: str(r.context)),
-    ("K", k_text),
-    ("kept", lambda r: "all" if r.kept_mean is None else f"{r.kept_mean:.0f}"),
-    ("ppl dense", lambda r: f"{r.ppl_dense:.3f}"),
-    ("ppl", lambda r: f"{r.ppl:.3f}"),
-    ("ratio", lambda r: with_error(r.ppl_ratio, r.ppl_ratio_se)),
-    ("KL", lambda r: with_error(max(r.kl_mean, 0.0), r.kl_se)),
-    ("same top", lambda r: f"{r.same_top:.3f}"),
-    ("mass", lambda r: "" if r.mass_mean is None else f"{r.mass_mean:.3f}"),
+COLUMNS: Final = [
+    Column("model", lambda r: r.model),
+    Column("engine", lambda r: r.engine),
+    Column("text", lambda r: r.text),
+    Column("context", lambda r: str(r.context), right=True),
+    Column("K", k_text, 10),
+    Column("kept", lambda r: "all" if r.kept_mean is None else f"{r.kept_mean:.0f}", 5, right=True),
+    Column("ppl dense", lambda r: f"{r.ppl_dense:.3f}", right=True),
+    Column("ppl", lambda r: f"{r.ppl:.3f}", 7, right=True),
+    Column("ratio", lambda r: with_error(r.ppl_ratio, r.ppl_ratio_se), 15, right=True),
+    Column("KL", lambda r: with_error(max(r.kl_mean, 0.0), r.kl_se), 15, right=True),
+    Column("same top", lambda r: f"{r.same_top:.3f}", right=True),
+    Column("mass", lambda r: "" if r.mass_mean is None else f"{r.mass_mean:.3f}", 5, right=True),
 ]
 
 
@@ -48,14 +44,14 @@ def _said(hit: bool | None) -> str:
     return "" if hit is None else "yes" if hit else "no"
 
 
-RETRIEVAL_COLUMNS: Final[list[Column]] = [
-    ("task", lambda r: r.task),
-    ("depth", lambda r: "" if r.depth is None else f"{r.depth:.0%}"),
-    ("K", k_text),
-    ("dense log p", lambda r: f"{r.logprob_dense:.3f}"),
-    ("sparse log p", lambda r: f"{r.logprob:.3f}"),
-    ("dense says it", lambda r: _said(r.hit_dense)),
-    ("sparse says it", lambda r: _said(r.hit)),
+RETRIEVAL_COLUMNS: Final = [
+    Column("task", lambda r: r.task, 7),
+    Column("depth", lambda r: "" if r.depth is None else f"{r.depth:.0%}", right=True),
+    Column("K", k_text, 10),
+    Column("dense log p", lambda r: f"{r.logprob_dense:.3f}", right=True),
+    Column("sparse log p", lambda r: f"{r.logprob:.3f}", right=True),
+    Column("dense says it", lambda r: _said(r.hit_dense)),
+    Column("sparse says it", lambda r: _said(r.hit)),
 ]
 
 
@@ -110,12 +106,13 @@ def command(
 ) -> None:
     """Perplexity and distance to dense attention, on a real text.
 
-    Dense and sparse run over the same windows. KL is from the dense to the sparse distribution of the next
-    token, in nats; mass is the share of the dense softmax that falls on the kept keys; ± is the standard
-    error. With --where prompt, Sparse-K works on the prompt and what follows is generated densely; with
-    --where generation the other way round; either way only the generated tokens are scored. Kept are the keys
-    of a row in a sparse layer. On llama.cpp a KL of some 0.003 is rounding, and no cost of K: its own dense
-    attention (K = 0) has none, every other attention has it; --engine transformers has none.
+    Dense and sparse run over the same windows; after each there is a note of what is known so far. KL is
+    from the dense to the sparse distribution of the next token, in nats; mass is the share of the dense
+    softmax that falls on the kept keys; ± is the standard error. With --where prompt, Sparse-K works on
+    the prompt and what follows is generated densely; with --where generation the other way round; either
+    way only the generated tokens are scored. Kept are the keys of a row in a sparse layer. On llama.cpp a
+    KL of some 0.003 is rounding, and no cost of K: its own dense attention (K = 0) has none, every other
+    attention has it; --engine transformers has none.
 
     \b
     Examples:
@@ -145,11 +142,23 @@ def command(
         check_context(opened, context)
     journal = Journal.of(resume, opened, words, context=context, generated=generated, seed=seed)
     total = quality.passes(configs, windows + (len(TASKS) if retrieval else 0))
-    found: list[RetrievalRecord] = []
-    with progress("eval", total * context) as advance:
-        records = quality.evaluate(opened, configs, planned, text_name=name, journal=journal, advance=advance)
+    with Records(output, COLUMNS) as shown, progress("eval", total * context) as advance:
+        records = quality.evaluate(
+            opened,
+            configs,
+            planned,
+            text_name=name,
+            journal=journal,
+            advance=advance,
+            so_far=lambda records: _tell(records, windows),
+        )
+        for record in records:
+            shown.add(record)
+        if output == "md":
+            _finish_table(where, generated, context, retrieval)
         if retrieval:
-            found = retrieve(
+            retrieved = Table(RETRIEVAL_COLUMNS).add if output == "md" else shown.add
+            for found in retrieve(
                 opened,
                 configs,
                 text=words,
@@ -158,16 +167,24 @@ def command(
                 seed=seed,
                 journal=journal,
                 advance=advance,
-            )
-    if output == "md":
-        write_table(records, COLUMNS)
-        if where != "all":
-            click.echo(f"\nScored: the last {generated} of {context} tokens. Sparse-K: in the {where} alone.")
-        if found:
-            click.echo()
-            write_table(found, RETRIEVAL_COLUMNS)
-    else:
-        write_records([*records, *found], output, COLUMNS)
+            ):
+                retrieved(found)
     if any(r.config and r.kept_mean is None for r in records) and not attending_layers(opened):
         note(no_attention(opened.model))
     note_dense(configs, [context], opened.num_heads * opened.head_size if device == "cuda" else None)
+
+
+def _tell(records: list[Any], windows: int) -> None:
+    """What is known before all windows are done, should the run end there."""
+    for r in records:
+        ratio, kl = with_error(r.ppl_ratio, r.ppl_ratio_se), with_error(max(r.kl_mean, 0.0), r.kl_se)
+        with without_bar():
+            note(f"after {r.windows} of {windows} windows, K {k_text(r)}: ratio {ratio}, KL {kl}")
+
+
+def _finish_table(where: str, generated: int, context: int, more_follows: bool) -> None:
+    """What stands under the table, and an empty line where another one follows."""
+    if where != "all":
+        show(f"\nScored: the last {generated} of {context} tokens. Sparse-K: in the {where} alone.")
+    if more_follows:
+        show("")

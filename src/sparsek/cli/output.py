@@ -1,4 +1,4 @@
-"""Records to standard output, as a table or as data, and files."""
+"""Records to standard output, as a table or as data, each as soon as it is complete; and files."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from dataclasses import fields as fields_of
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import click
 
 from ..engines.naming import naming
 from ..engines.text import shown_name
-from ..report.tables import budget_text, markdown_table
+from ..report.tables import Layout, budget_text, cell_width
+from .progress import without_bar
 
 FORMATS: Final = ("md", "csv", "json", "jsonl")
 
@@ -28,28 +30,73 @@ output_option = click.option(
     "lists of values are in json and jsonl alone.",
 )
 
-Column = tuple[str, Callable[[Any], str]]
+
+class Column(NamedTuple):
+    """Of a table: its title, what a record has there, how wide that may be, and whether it stands right."""
+
+    title: str
+    text: Callable[[Any], str]
+    width: int = 0
+    right: bool = False
 
 
-def write_records(records: Sequence[Any], fmt: str, columns: Sequence[Column]) -> None:
-    """`records` are dataclasses. md shows `columns` (title, text of a record), the others the fields."""
-    if fmt == "md":
-        write_table(records, columns)
-        return
-    rows = [fields(record) for record in records]
-    if fmt == "json":
-        click.echo(json.dumps(rows, indent=2, allow_nan=False))
-    elif fmt == "jsonl":
-        for row in rows:
-            click.echo(json.dumps(row, allow_nan=False))
-    elif rows:
-        click.echo(_csv([_cells(row) for row in rows]), nl=False)
+class Table:
+    """A table on standard output whose rows come one by one. Columns are as wide as they say, or as their
+    titles or the first row need."""
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self._columns = columns
+        self._layout: Layout | None = None
+
+    def add(self, record: Any) -> None:
+        cells = [column.text(record) for column in self._columns]
+        if self._layout is None:
+            titles = [column.title for column in self._columns]
+            known = zip(self._columns, titles, cells, strict=True)
+            widths = [max(c.width, cell_width(title), cell_width(text)) for c, title, text in known]
+            self._layout = Layout(widths, [column.right for column in self._columns])
+            show(self._layout.head(titles))
+        show(self._layout.row(cells))
 
 
-def write_table(records: Sequence[Any], columns: Sequence[Column]) -> None:
-    click.echo(
-        markdown_table([title for title, _ in columns], [[text(r) for _, text in columns] for r in records])
-    )
+class Records:
+    """Records on standard output, as `fmt` has it: md shows `columns`, the others all fields of these
+    dataclasses. Used in a `with` block, at whose end json is written, which is one whole."""
+
+    def __init__(self, fmt: str, columns: Sequence[Column]) -> None:
+        self._fmt, self._table = fmt, Table(columns)
+        self._whole: list[dict[str, Any]] = []
+        self._csv_columns: list[str] = []
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        if self._fmt == "json" and failed is None:
+            show(json.dumps(self._whole, indent=2, allow_nan=False))
+
+    def add(self, record: Any) -> None:
+        if self._fmt == "md":
+            self._table.add(record)
+        elif self._fmt == "json":
+            self._whole.append(fields(record))
+        elif self._fmt == "jsonl":
+            show(json.dumps(fields(record), allow_nan=False))
+        else:
+            self._add_csv(record)
+
+    def _add_csv(self, record: Any) -> None:
+        row = _cells(record)
+        if not self._csv_columns:
+            self._csv_columns = list(row)
+            show(_csv(self._csv_columns))
+        show(_csv([row.get(name) for name in self._csv_columns]))
+
+
+def show(text: str) -> None:
+    """A line or more, at once, so that it has been shown whatever becomes of the run."""
+    with without_bar():
+        click.echo(text)
 
 
 def k_text(record: Any) -> str:
@@ -71,26 +118,27 @@ def _shown(value: Any) -> Any:
     return [_shown(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
-def _cells(row: dict[str, Any]) -> dict[str, Any]:
-    """One value each: what an object holds is in columns of its own, but a configuration stays whole."""
-    cells: dict[str, Any] = {}
-    for name, value in row.items():
+def _cells(record: Any) -> dict[str, Any]:
+    """One value each, and the same names for every record of a kind: what an object holds is in columns of
+    its own, but a configuration stays whole; fields that hold lists are left out."""
+    row, cells = fields(record), dict[str, Any]()
+    for field in fields_of(record):
+        name, value = field.name, row[field.name]
+        if str(field.type).startswith(("list", "tuple")):
+            continue
         if name == "config":
             cells[name] = None if value is None else json.dumps(value, separators=(",", ":"))
         elif isinstance(value, dict):
             cells |= {f"{name}.{part}": x for part, x in value.items()}
         else:
-            cells[name] = value
-    return {name: value for name, value in cells.items() if not isinstance(value, list)}
+            cells[name] = None if isinstance(value, list) else value
+    return cells
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    """With every column that some row has."""
+def _csv(cells: Sequence[Any]) -> str:
+    """A line, without its end."""
     text = io.StringIO()
-    columns = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="").writerow(cells)
     return text.getvalue()
 
 

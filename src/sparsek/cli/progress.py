@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import click
 
 _EVERY_SECONDS: Final = 10.0  # at most one line in so long
 _LINES: Final = 20  # and about so many in all, but of steps that have something to say
+_shown: list[Any] = []  # the bar on the terminal, if there is one
 
 
 class Advance(Protocol):
@@ -25,6 +26,19 @@ def status(text: str) -> contextlib.AbstractContextManager[object]:
 
     console = Console(stderr=True)
     return console.status(text) if console.is_terminal else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def without_bar() -> Iterator[None]:
+    """Within the block the terminal is free for lines that stay; then the bar is there again."""
+    bars = list(_shown)
+    for bar in bars:
+        bar.stop()
+    try:
+        yield
+    finally:
+        for bar in bars:
+            bar.start()
 
 
 @contextlib.contextmanager
@@ -51,13 +65,18 @@ def progress(description: str, total: int) -> Iterator[Advance]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    # Its own way with standard output would send what belongs there to standard error.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
         task = bar.add_task(description, total=total)
 
-        def advance(steps: int = 1, said: str = "") -> None:  # noqa: ARG001  the table at the end has it
+        def advance(steps: int = 1, said: str = "") -> None:  # noqa: ARG001  the table has it
             bar.advance(task, steps)
 
-        yield advance
+        _shown.append(bar)
+        try:
+            yield advance
+        finally:
+            _shown.remove(bar)
 
 
 class _Log:

@@ -23,25 +23,25 @@ from .options import (
     rule_options,
     text_option,
 )
-from .output import Column, fields, write_file, write_table
+from .output import Column, Table, fields, write_file
 from .progress import progress
 
 if TYPE_CHECKING:
     from ..evaluate.tune import Point
 
 
-COLUMNS: Final[list[Column]] = [
-    ("step", lambda p: p.step),
-    ("K", lambda p: budget_range(p.config["top_k"])),
-    ("sinks", lambda p: str(p.config["sinks"])),
-    ("window", lambda p: str(p.config["window"])),
-    ("tail", lambda p: p.config["tail"]),
-    ("dense layers", lambda p: str(len(p.config["dense_layers"]))),
-    ("keys", lambda p: f"{p.keys:.0f}"),
-    ("KL", lambda p: with_error(p.kl, p.kl_se)),
-    ("ppl ratio", lambda p: with_error(p.ppl_ratio, p.ppl_ratio_se)),
+COLUMNS: Final = [
+    Column("step", lambda p: p.step, 10),
+    Column("K", lambda p: budget_range(p.config["top_k"]), 10),
+    Column("sinks", lambda p: str(p.config["sinks"]), right=True),
+    Column("window", lambda p: str(p.config["window"]), right=True),
+    Column("tail", lambda p: p.config["tail"], 8),
+    Column("dense layers", lambda p: str(len(p.config["dense_layers"])), right=True),
+    Column("keys", lambda p: f"{p.keys:.0f}", 5, right=True),
+    Column("KL", lambda p: with_error(p.kl, p.kl_se), 15, right=True),
+    Column("ppl ratio", lambda p: with_error(p.ppl_ratio, p.ppl_ratio_se), 15, right=True),
 ]
-SPEED: Final[Column] = ("speed-up", lambda p: f"{p.speedup:.2f}")
+SPEED: Final = Column("speed-up", lambda p: f"{p.speedup:.2f}", right=True)
 
 
 @click.command("tune")
@@ -111,9 +111,12 @@ def command(
     form = make_config(opened.model_config, **rule)
     kind = "speed" if min_speedup is not None else "quality"
     journal = Journal.of(resume, opened, words, context=context, target=kind)
+    table = Table(COLUMNS if min_speedup is None else [*COLUMNS, SPEED])
     with progress("tune", steps(opened)) as advance:
 
-        def say(point: Point) -> None:
+        def say(point: Point, is_kept: bool) -> None:
+            if is_kept:
+                table.add(point)
             advance(said=_said(point))
 
         tuner = Tuner(
@@ -126,7 +129,6 @@ def command(
             say,
         )
         record = tuner.tune()
-    write_table(tuner.points, COLUMNS if min_speedup is None else [*COLUMNS, SPEED])
     config = SparseKConfig.from_dict(record.config)
     click.echo(f"\n{_summary(record)}")
     click.echo(f"\n{config.to_json()}")  # whatever becomes of the files

@@ -6,7 +6,7 @@ import contextlib
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
@@ -134,11 +134,13 @@ def evaluate(
     text_name: str,
     journal: Journal | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    so_far: Callable[[list[EvalRecord]], None] = lambda _: None,
 ) -> list[EvalRecord]:
     """Measure each configuration. None among them is dense attention, which is measured once anyway.
 
     `advance` is called with the number of tokens whenever the model has processed some:
-    `passes(configs, windows.count) * windows.context` in all.
+    `passes(configs, windows.count) * windows.context` in all. `so_far` is called after every window but the
+    last, with the records of the windows until then.
 
     Raises:
         ValueError: as `Windows.check`.
@@ -156,10 +158,14 @@ def evaluate(
             return [asdict(r) for r in _measure(engine, configs, windows, window, advance)]
 
         results.append([_Result(**r) for r in journal.get(key, measure)])
-    return [
-        _record(engine, config, [of_window[i] for of_window in results], windows, text_name)
-        for i, config in enumerate(configs)
-    ]
+        done = replace(windows, count=number + 1)
+        records = [
+            _record(engine, config, [of_window[i] for of_window in results], done, text_name)
+            for i, config in enumerate(configs)
+        ]
+        if done.count < windows.count:
+            so_far(records)
+    return records
 
 
 @dataclass(frozen=True)

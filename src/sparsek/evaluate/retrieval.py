@@ -12,7 +12,7 @@ of Mohtashami and Jaggi (2023, Landmark Attention).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -87,8 +87,9 @@ def retrieve(
     seed: int = 0,
     journal: Journal | None = None,
     advance: Callable[[int], None] = lambda _: None,
-) -> list[RetrievalRecord]:
-    """Each task with each configuration; None among them is dense attention, which is measured anyway.
+) -> Iterator[RetrievalRecord]:
+    """Each task with each configuration, a task's records together; None among the configurations is dense
+    attention, which is measured anyway.
 
     `advance` is called with `context` after each of the passes, `quality.passes(configs, len(TASKS))`.
 
@@ -99,7 +100,6 @@ def retrieve(
     journal = journal or Journal(None, {})
     words = _Words(engine, text, random.Random(seed), context)
     made = {"passkey": words.passkey, "lookup": words.lookup, "repeat": words.repeat}
-    records = []
     for task in TASKS:
         sequence = made[task]()
         scores = []
@@ -118,27 +118,24 @@ def retrieve(
                 sequence.answers, dense, found, strict=True
             ):
                 single = task != "repeat"
-                records.append(
-                    RetrievalRecord(
-                        engine=engine.name,
-                        model=engine.model,
-                        text=text_name,
-                        context=context,
-                        task=task,
-                        depth=answer.depth,
-                        tokens=answer.stop - answer.start,
-                        top_k=budget_name(config),
-                        config=None if config is None else config.to_dict(),
-                        logprob_dense=logprob_dense,
-                        logprob=logprob,
-                        hit_dense=hit_dense if single else None,
-                        hit=hit if single else None,
-                        environment=environment(),
-                        device=engine.device,
-                        top_k_used=top_k_used(config, context, engine.device),
-                    )
+                yield RetrievalRecord(
+                    engine=engine.name,
+                    model=engine.model,
+                    text=text_name,
+                    context=context,
+                    task=task,
+                    depth=answer.depth,
+                    tokens=answer.stop - answer.start,
+                    top_k=budget_name(config),
+                    config=None if config is None else config.to_dict(),
+                    logprob_dense=logprob_dense,
+                    logprob=logprob,
+                    hit_dense=hit_dense if single else None,
+                    hit=hit if single else None,
+                    environment=environment(),
+                    device=engine.device,
+                    top_k_used=top_k_used(config, context, engine.device),
                 )
-    return records
 
 
 def _scores(engine: Engine, sequence: _Sequence, config: SparseKConfig | None) -> list[tuple[float, bool]]:

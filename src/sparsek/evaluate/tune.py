@@ -118,7 +118,7 @@ class Tuner:
     Args:
         windows: of which the first is tuned on and the second is held back.
         form: sinks, window, stride, tail and dense layers to begin with.
-        say: is told each point as it is measured.
+        say: is told each point as it is measured, and whether it is one of `points`.
     """
 
     engine: Engine
@@ -127,7 +127,7 @@ class Tuner:
     target: Target
     text_name: str
     journal: Journal
-    say: Callable[[Point], None] = lambda _: None
+    say: Callable[[Point, bool], None] = lambda _, __: None
     points: list[Point] = field(default_factory=list)
     _dense: list[torch.Tensor] = field(default_factory=list)
 
@@ -316,7 +316,7 @@ class Tuner:
         point = Point(step, config.to_dict(), **made)
         if keep:
             self.points.append(point)
-        self.say(point)
+        self.say(point, keep)
         return point
 
     def _measured(self, config: SparseKConfig) -> dict[str, Any]:

@@ -4,23 +4,48 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..engines.text import shown_name
 
 
 def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well as plain text too: columns padded to equal width, numbers to the right. A bar
-    or the end of a line in a name is none of the table."""
-    titles, rows = [_cell(title) for title in titles], [[_cell(text) for text in row] for row in rows]
-    widths = [max(2, *(len(row[i]) for row in [titles, *rows])) for i in range(len(titles))]
-    right = [all(_is_number(row[i]) for row in rows) for i in range(len(titles))]
+    """A table that reads well as plain text too: columns padded to equal width, numbers to the right."""
+    columns = range(len(titles))
+    widths = [max(cell_width(row[i]) for row in [titles, *rows]) for i in columns]
+    layout = Layout(widths, [all(_is_number(row[i]) for row in rows) for i in columns])
+    return "\n".join([layout.head(titles), *map(layout.row, rows)])
 
-    def line(cells: Sequence[str]) -> str:
-        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+
+@dataclass(frozen=True)
+class Layout:
+    """A table whose rows come one by one. A longer cell than the width of its column is still a cell; a bar
+    or the end of a line in a name is none of the table.
+
+    Attributes:
+        widths: of the columns, in characters. right: which of them stand to the right.
+    """
+
+    widths: Sequence[int]
+    right: Sequence[bool]
+
+    def head(self, titles: Sequence[str]) -> str:
+        """The titles, and the line under them."""
+        rule = ["-" * (max(2, w) - 1) + (":" if r else "-") for w, r in self._columns()]
+        return f"{self.row(titles)}\n{self.row(rule)}"
+
+    def row(self, cells: Sequence[str]) -> str:
+        texts = zip(map(_cell, cells), self._columns(), strict=True)
+        padded = (text.rjust(max(2, w)) if r else text.ljust(max(2, w)) for text, (w, r) in texts)
         return "| " + " | ".join(padded) + " |"
 
-    rule = ["-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)]
-    return "\n".join([line(titles), line(rule), *map(line, rows)])
+    def _columns(self) -> list[tuple[int, bool]]:
+        return list(zip(self.widths, self.right, strict=True))
+
+
+def cell_width(text: str) -> int:
+    """Of a cell, as it is shown."""
+    return len(_cell(text))
 
 
 def _cell(text: str) -> str:
