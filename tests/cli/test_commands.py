@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsek import SparseKConfig, policy
+from sparsek import SparseKConfig, __version__, policy
 from sparsek.bench import attention_call
 from sparsek.bench.attention_call import AttentionRecord
 from sparsek.bench.model import BenchRecord
@@ -40,6 +41,37 @@ def test_help_shows_examples(sparsek: Sparsek, name: str) -> None:
 def test_top_level_help_lists_the_commands(sparsek: Sparsek) -> None:
     text = sparsek("--help")
     assert all(name in text for name in COMMANDS)
+
+
+def test_the_version_is_told(sparsek: Sparsek) -> None:
+    assert sparsek("-V") == sparsek("--version") == f"sparsek {__version__}\n"
+
+
+def test_numbers_of_tokens_in_k(sparsek: Sparsek) -> None:
+    assert "auto at 32768 tokens" in sparsek("info", "-c", "32k")
+    call = ["bench-attention", "--queries", "1", "-k", "4", "-r", "1", "-o", "json", "-t", "1"]
+    records = json.loads(sparsek(*call, "--tokens", "1k,1500,2K", "--min-context", "1k"))
+    assert [r["tokens"] for r in records] == [1024, 1500, 2048]
+    assert [r["config"]["min_context"] for r in records] == [1024] * 3
+    assert [r["n_threads"] for r in records] == [1] * 3
+
+
+@pytest.mark.parametrize(
+    ("words", "number", "expected"),
+    [
+        ("sparsek be", 1, ["bench", "bench-attention"]),
+        ("sparsek eval --cont", 2, ["--context"]),
+        ("sparsek bench -o js", 3, ["json", "jsonl"]),
+    ],
+)
+def test_completion_in_a_shell(words: str, number: int, expected: list[str]) -> None:
+    """What the script of `_SPARSEK_COMPLETE=bash_source sparsek` asks for."""
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(number), "_SPARSEK_COMPLETE": "bash_complete"}
+    code = "import sys; from sparsek.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **asked}
+    )
+    assert [line.split(",")[1] for line in done.stdout.splitlines()] == expected
 
 
 def test_help_needs_nothing_heavy() -> None:

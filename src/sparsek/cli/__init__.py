@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Final
 
@@ -39,6 +40,15 @@ class _Group(click.Group):
         command: click.Command = import_module(f".{name.replace('-', '_')}", __name__).command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            like = " or ".join(map(repr, get_close_matches(args[0], COMMANDS)))
+            hint = f"Did you mean {like}?" if like else "sparsek --help lists them."
+            raise click.UsageError(f"No such command {args[0]!r}. {hint}")
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -51,9 +61,12 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="sparsek", message="%(prog)s %(version)s")
+@click.version_option(None, "-V", "--version", package_name="sparsek", message="%(prog)s %(version)s")
 def cli() -> None:
     """Sparse-K attention: each query keeps its K strongest keys.
+
+    Numbers of tokens can be written as 4k or 128k, in steps of 1024. For completion of commands and options
+    put the line `eval "$(_SPARSEK_COMPLETE=bash_source sparsek)"` into ~/.bashrc; for zsh it is zsh_source.
 
     \b
     Examples:

@@ -13,6 +13,7 @@ from .notes import note, note_dense, note_spread
 from .options import (
     Budgets,
     Counts,
+    Tokens,
     common_options,
     load,
     make_configs,
@@ -70,7 +71,7 @@ REQUESTS_COLUMNS: Final = [
 @click.option(
     "-n",
     "--generate",
-    type=click.IntRange(0),
+    type=Tokens(0),
     default=32,
     show_default=True,
     help="Tokens to generate; 0 for none.",

@@ -14,6 +14,7 @@ from .notes import note_dense, note_spread
 from .options import (
     Budgets,
     Counts,
+    Tokens,
     common_options,
     make_configs,
     rule_options,
@@ -50,7 +51,7 @@ _DTYPES: Final = {"cpu": "float32", "cuda": "bfloat16"}
 @click.option(
     "--tokens", type=Counts(1), default="8192", show_default=True, help="Keys, and queries unless given."
 )
-@click.option("--queries", type=click.IntRange(1), help="Query rows, the last of the tokens.  [default: all]")
+@click.option("--queries", type=Tokens(1), help="Query rows, the last of the tokens.  [default: all]")
 @click.option("--heads", type=click.IntRange(1), default=_HEADS, show_default=True, help="Query heads.")
 @click.option(
     "--kv-heads", type=click.IntRange(1), default=_KV_HEADS, show_default=True, help="Key/value heads."

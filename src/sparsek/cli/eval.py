@@ -13,6 +13,7 @@ from ..report.tables import with_error
 from .notes import note, note_dense
 from .options import (
     Budgets,
+    Tokens,
     common_options,
     load,
     make_configs,
@@ -58,7 +59,7 @@ RETRIEVAL_COLUMNS: Final = [
 @click.command("eval")
 @model_options
 @text_option
-@click.option("--context", type=int, default=4096, show_default=True, help="Tokens per window.")
+@click.option("-c", "--context", type=Tokens(1), default=4096, show_default=True, help="Tokens per window.")
 @click.option("--windows", type=int, default=1, show_default=True, help="Windows, one after the other.")
 @click.option(
     "-k", "--top-k", type=Budgets(), help="K to measure; 0 is dense.  [default: the configuration's]"
@@ -72,7 +73,7 @@ RETRIEVAL_COLUMNS: Final = [
 )
 @click.option(
     "--generated",
-    type=int,
+    type=Tokens(1),
     default=256,
     show_default=True,
     help="Tokens at the end of a window that count as generated, with --where prompt or generation.",
@@ -136,6 +137,9 @@ def command(
     name, words = read_text(text)
     opened = load(engine, model, threads, device=device)
     configs = make_configs(top_k, opened.model_config, **rule)
+    for config in configs:
+        if config is not None:
+            config.check_layers(opened.num_layers)
     planned = quality.Windows(opened.encode(words), context, windows, where=where, generated=generated)
     planned.check(opened)
     if retrieval:

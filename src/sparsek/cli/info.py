@@ -18,6 +18,7 @@ from ..engines.model_file import embedded_model
 from ..extras import how_to_install
 from ..kernels import dispatch
 from ..policy import recommend_k, resolve
+from .options import Tokens
 
 
 @click.command("info")
@@ -25,8 +26,9 @@ from ..policy import recommend_k, resolve
     "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Format."
 )
 @click.option(
+    "-c",
     "--context",
-    type=click.IntRange(1, 2**31 - 1),
+    type=Tokens(1, 2**31 - 1),
     default=8192,
     show_default=True,
     help="Context for the advice on K.",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 
@@ -38,6 +39,28 @@ class Budgets(click.ParamType[Any]):
         return int(text)
 
 
+_THOUSANDS: Final = re.compile(r"(\d{1,12})[kK]", re.ASCII)
+
+
+def _plain(text: str) -> str:
+    """A number of tokens without its k, which stands for 1024."""
+    found = _THOUSANDS.fullmatch(text)
+    return str(1024 * int(found[1])) if found else text
+
+
+class Tokens(click.IntRange):
+    """A number of tokens within a range, as in 4096 or 4k."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str):
+            value = _plain(value.strip())
+            if not _is_number(value.removeprefix("-")):
+                self.fail(f"{value!r} is not a number of tokens, as in 4096 or 4k", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Counts(click.ParamType[Any]):
     """A comma list of token counts, each at least `minimum`."""
 
@@ -49,7 +72,7 @@ class Counts(click.ParamType[Any]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         if not isinstance(value, str):
             return list(value)
-        parts = [part.strip() for part in value.split(",")]
+        parts = [_plain(part.strip()) for part in value.split(",")]
         for part in parts:
             if not _is_number(part) or int(part) < self.minimum:
                 self.fail(f"{part!r} is not a number of tokens >= {self.minimum}", param, ctx)
@@ -67,6 +90,9 @@ def _stacked(*options: Callable[[F], F]) -> Callable[[F], F]:
         return command
 
     return apply
+
+
+SAMPLING: Final = ("--temp", "--temperature", "--top-p", "--min-p")
 
 
 def refused_option(names: Sequence[str], why: str) -> Callable[[F], F]:
@@ -128,7 +154,7 @@ rule_options = _stacked(
     ),
     click.option("--tile", type=int, metavar="N", help="Queries of a tile: 32 or 64."),
     click.option("--dense-layers", metavar="L,...", help="Layers that keep everything, or none."),
-    click.option("--min-context", type=int, metavar="N", help="Shorter contexts keep everything."),
+    click.option("--min-context", type=Tokens(0), help="Shorter contexts keep everything."),
 )
 
 resume_option = click.option(
@@ -139,7 +165,7 @@ resume_option = click.option(
 )
 
 common_options = _stacked(
-    click.option("--threads", type=click.IntRange(1, 4096), help="Threads.  [default: all processors]"),
+    click.option("-t", "--threads", type=click.IntRange(1, 4096), help="Threads.  [default: all processors]"),
     click.option("--seed", type=int, default=0, show_default=True, help="For everything random."),
     click.option("--debug", is_flag=True, help="Log what is done, and show tracebacks."),
 )

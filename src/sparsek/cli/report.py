@@ -20,6 +20,7 @@ from ..policy import on_gpu
 from .options import (
     Budgets,
     Counts,
+    Tokens,
     check_folder,
     check_outputs,
     common_options,
@@ -88,7 +89,9 @@ _RULE: Final = frozenset(
     "length; the others are timed at --context tokens.  "
     "[default: the configuration's, and 16, 64, 256]",
 )
-@click.option("--context", type=int, default=2048, show_default=True, help="Tokens to measure quality on.")
+@click.option(
+    "-c", "--context", type=Tokens(1), default=2048, show_default=True, help="Tokens to measure quality on."
+)
 @click.option(
     "--lengths", type=Counts(1), help="Prompt lengths to measure speed at.  [default: 512,2048,4096]"
 )

@@ -10,7 +10,17 @@ import click
 
 from ..config import TopK
 from ..engines.text import option_text, read_text_file
-from .options import Budgets, common_options, load, make_configs, model_options, rule_options
+from .options import (
+    SAMPLING,
+    Budgets,
+    Tokens,
+    common_options,
+    load,
+    make_configs,
+    model_options,
+    refused_option,
+    rule_options,
+)
 from .progress import status
 
 
@@ -19,7 +29,7 @@ from .progress import status
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt.")
 @click.option("-f", "--file", metavar="FILE", help="Read the prompt from a file; - is standard input.")
 @click.option(
-    "-n", "--tokens", type=click.IntRange(1), default=64, show_default=True, help="Most tokens to generate."
+    "-n", "--tokens", type=Tokens(1), default=64, show_default=True, help="Most tokens to generate."
 )
 @click.option(
     "-k",
@@ -31,6 +41,11 @@ from .progress import status
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the model's chat format.")
 @rule_options
 @common_options
+@refused_option(
+    SAMPLING,
+    "run has no {option}: it is greedy, it takes the most likely token each time; `sparsek serve` samples as "
+    "each request says",
+)
 def command(
     model: str | None,
     device: str,

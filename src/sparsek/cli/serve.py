@@ -10,7 +10,7 @@ import click
 from .. import _core
 from ..config import SparseKConfig, TopK, budget_name, budget_range
 from ..policy import fixed, resolve
-from .options import Budgets, make_configs, refused_option, rule_options
+from .options import SAMPLING, Budgets, Tokens, make_configs, refused_option, rule_options
 
 if TYPE_CHECKING:
     from ..engines.server_log import Answer
@@ -34,7 +34,7 @@ _ELSEWHERE: Final = (
 @click.option(
     "-c",
     "--context",
-    type=click.IntRange(2),
+    type=Tokens(2),
     help="Tokens of one request, with its answer.  [default: the model's context, at most 32768]",
 )
 @click.option(
@@ -61,11 +61,12 @@ _ELSEWHERE: Final = (
 )
 @click.option("--metrics", is_flag=True, help="Serve /metrics too, for Prometheus.")
 @rule_options
-@click.option("--threads", type=click.IntRange(1, 512), help="Threads.  [default: all processors]")
+@click.option("-t", "--threads", type=click.IntRange(1, 512), help="Threads.  [default: all processors]")
 @refused_option(
     ["--embeddings", "--embedding", "--reranking", "--rerank", "--mmproj", "--props", "--slot-save-path"],
     _ELSEWHERE,
 )
+@refused_option(SAMPLING, "serve has no {option}: each request brings its own sampling, as its `temperature`")
 @click.option("--debug", is_flag=True, help="Log what is done, and show tracebacks.")
 def command(
     model: str | None,

@@ -13,6 +13,7 @@ from ..engines.base import ENGINES
 from ..engines.text import shown_name
 from ..report.tables import with_error
 from .options import (
+    Tokens,
     check_outputs,
     common_options,
     device_option,
@@ -56,7 +57,12 @@ SPEED: Final = Column("speed-up", lambda p: f"{p.speedup:.2f}", right=True)
 )
 @text_option
 @click.option(
-    "--context", type=int, default=4096, show_default=True, help="Tokens to tune on; as many are held back."
+    "-c",
+    "--context",
+    type=Tokens(1),
+    default=4096,
+    show_default=True,
+    help="Tokens to tune on; as many are held back.",
 )
 @click.option("--max-kl", type=float, metavar="NATS", help="Target: mean KL to dense attention at most this.")
 @click.option("--max-ppl-ratio", type=float, metavar="X", help="Target: perplexity at most X times dense.")
