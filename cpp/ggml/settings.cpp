@@ -1,5 +1,6 @@
 #include "settings.h"
 
+#include <regex.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -167,12 +168,27 @@ std::string file_text(const char* path) {
     return text.str();
 }
 
+// What Kubernetes sets in every pod beside a Service called sparsek, or sparsek-and-so-on, and Docker for a
+// linked container of that name. The expression of src/sparsek/integrations/environment.py, matched by the C
+// library: std::regex is compiled into us and into the host, whose version of it may be another.
+bool is_of_a_service(const std::string& variable) {
+    constexpr const char* kNames =
+        "^SPARSEK(_[A-Z0-9_]+)?_"
+        "(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|"
+        "PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?|NAME|ENV_.+)$";
+    regex_t expression;
+    if (regcomp(&expression, kNames, REG_EXTENDED | REG_NOSUB) != 0) return false;
+    const bool matches = regexec(&expression, variable.c_str(), 0, nullptr, 0) == 0;
+    regfree(&expression);
+    return matches;
+}
+
 // A variable with a typing error in its name would be obeyed by nobody.
 void refuse_unknown(const std::vector<std::string>& known) {
     constexpr const char* kPrefix = "SPARSEK_";
     for (char** entry = environ; *entry; ++entry) {
         const std::string text = *entry, name = text.substr(0, text.find('='));
-        if (name.rfind(kPrefix, 0) != 0) continue;
+        if (name.rfind(kPrefix, 0) != 0 || is_of_a_service(name)) continue;
         if (std::find(known.begin(), known.end(), name) != known.end()) continue;
         std::string all;
         for (const std::string& variable : known) all += (all.empty() ? "" : ", ") + variable;

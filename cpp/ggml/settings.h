@@ -32,7 +32,8 @@ struct Settings {
 Settings settings_from_json(const std::string& text, Settings defaults);
 
 // SPARSEK_CONFIG (a JSON file), then SPARSEK_TOP_K, SPARSEK_SINKS, SPARSEK_WINDOW, SPARSEK_STRIDE,
-// SPARSEK_TAIL, SPARSEK_DENSE_LAYERS and SPARSEK_MIN_CONTEXT on top of it. Throws as settings_from_json does.
+// SPARSEK_TAIL, SPARSEK_DENSE_LAYERS and SPARSEK_MIN_CONTEXT on top of it. Throws as settings_from_json does,
+// and at any other SPARSEK_ variable that is not of Kubernetes or Docker.
 Settings settings_from_environment();
 
 }  // namespace sparsek::ggml

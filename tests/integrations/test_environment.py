@@ -9,6 +9,8 @@ import pytest
 from sparsek import SparseKConfig
 from sparsek.integrations.environment import fields_from_environment
 
+from .service_variables import NOT_OF_A_SERVICE, OF_A_SERVICE
+
 
 def test_single_fields() -> None:
     environ = {
@@ -52,6 +54,16 @@ def test_a_file_changed_by_single_fields(tmp_path: Path) -> None:
 def test_what_is_wrong_is_named(environ: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match="^" + message.replace("(", r"\(")):
         fields_from_environment(environ)
+
+
+def test_what_a_service_called_sparsek_brings_is_no_setting() -> None:
+    assert fields_from_environment({**OF_A_SERVICE, "SPARSEK_TOP_K": "32"}) == {"top_k": 32}
+
+
+@pytest.mark.parametrize("variable", NOT_OF_A_SERVICE)
+def test_what_is_only_like_it_is_a_typing_error(variable: str) -> None:
+    with pytest.raises(ValueError, match=f"^there is no variable {variable}: known are"):
+        fields_from_environment({**OF_A_SERVICE, variable: "1"})
 
 
 @pytest.mark.parametrize("text", ["{", '{"top_q": 1}', "[]", '{"top_k": -1}', "\x00", " " * (1 << 21)])

@@ -21,6 +21,7 @@ from sparsek.integrations.llama_cpp import backend_path
 from .. import tiny_gguf
 from ..waiting import HANGS
 from .llama_host import write_float_model
+from .service_variables import NOT_OF_A_SERVICE, OF_A_SERVICE
 
 pytestmark = pytest.mark.model
 
@@ -162,6 +163,31 @@ def test_right_variables(model: Path, tmp_path: Path) -> None:
     assert "sparse=0, dense=1, by_host=0" in out
     out, _ = run(code, backend_path(), model, SPARSEK_CONFIG=str(file), SPARSEK_TOP_K="0")
     assert "sparse=0, dense=0, by_host=0" in out
+
+
+def test_what_a_service_called_sparsek_brings_is_no_setting(model: Path) -> None:
+    """In a pod of Kubernetes: they change nothing, and a typing error beside them is still found."""
+    out, errors = run(PLAIN, backend_path(), model, **OF_A_SERVICE)
+    assert our_lines(errors) == []
+    assert out.startswith("True True ")
+    _, errors = run(LOADED, backend_path(), *NOT_OF_A_SERVICE, **OF_A_SERVICE)
+    found = [line.split(":")[1] for line in our_lines(errors)]
+    assert found == [f" there is no variable {variable}" for variable in NOT_OF_A_SERVICE]
+
+
+# Asks the host for the backend once for each variable, which is then in the environment.
+LOADED = """
+import os, sys
+from sparsek.engines import llama_api
+
+load = llama_api.library().ggml_backend_load
+load.restype = llama_api.c_void_p
+path, *variables = sys.argv[1:]
+for variable in variables:
+    os.environ[variable] = "1"
+    assert load(path.encode()) is None
+    del os.environ[variable]
+"""
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "another library"])

@@ -3,6 +3,7 @@ same meaning, as in the llama.cpp backend (cpp/ggml/settings.cpp)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,13 @@ _OTHERS: Final = (_FILE, "SPARSEK_ISA", "SPARSEK_NUM_THREADS")  # that are no fi
 _FIELDS: Final = {
     f"{_PREFIX}{f.name.upper()}": f.name for f in fields(SparseKConfig) if f.name != "check_finite"
 }
+# What Kubernetes sets in every pod beside a Service called sparsek, or sparsek-and-so-on, and Docker for a
+# linked container of that name.
+_OF_A_SERVICE: Final = re.compile(
+    r"SPARSEK(_[A-Z0-9_]+)?_"
+    r"(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?|NAME|ENV_.+)",
+    re.ASCII,
+)
 _LONGEST: Final = 1 << 20  # bytes of a file
 _MOST: Final = 2**31 - 1
 
@@ -43,7 +51,8 @@ def _refuse_unknown(environ: Mapping[str, str]) -> None:
     """A variable with a typing error in its name would be obeyed by nobody."""
     known = [*_OTHERS, *_FIELDS]
     for variable in environ:
-        if variable.startswith(_PREFIX) and variable not in known:
+        ours = variable.startswith(_PREFIX) and not _OF_A_SERVICE.fullmatch(variable)
+        if ours and variable not in known:
             raise ValueError(f"there is no variable {variable}: known are {', '.join(known)}")
 
 
