@@ -16,6 +16,7 @@ from sparsek.cli import main
 from sparsek.cli.notes import note_dense, note_spread
 
 from .. import tiny_gguf
+from .conftest import Sparsek
 
 NARROW, WIDE = [100, 101, 99], [100, 130, 80]
 NONE = (None, None, None)
@@ -31,6 +32,13 @@ def test_repetitions_that_differ_are_named(capsys: pytest.CaptureFixture[str]) -
     )
     note_spread([(f"pp{i}", WIDE, NONE) for i in range(5)])
     assert "at pp0; pp1; pp2 and 2 more: take" in capsys.readouterr().err
+
+
+def test_the_note_of_a_command_stands_for_the_warning_of_the_integration(
+    sparsek: Sparsek, caplog: pytest.LogCaptureFixture
+) -> None:
+    sparsek("run", "--engine", "transformers", "-p", "Hi", "-n", "1")
+    assert caplog.messages == []
 
 
 def changed(library: Any, name: str, monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:

@@ -108,3 +108,5 @@ def _log(debug: bool) -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("sparsek").setLevel(logging.DEBUG if debug else logging.WARNING)
+    # Where attention is dense, commands say so in a note of theirs.
+    logging.getLogger("sparsek.transformers").setLevel(logging.DEBUG if debug else logging.ERROR)

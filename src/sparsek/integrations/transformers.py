@@ -33,6 +33,7 @@ from ..kernels import break_even, dense, dispatch
 from ..key_index import KeyIndex
 from ..policy import on_gpu, resolve
 from ..problem import Ranges, make_problem
+from .dense_notice import say_if_dense
 from .observers import Observer, Observers
 from .once_per_pass import OncePerPass
 from .transformers_cache import SparseKCache, index_of
@@ -176,6 +177,8 @@ def sparsek_attention(
     positions = position_ids if packed else None
     config, layer = _stored(getattr(module, "config", None)), getattr(module, "layer_idx", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not (torch.compiler.is_compiling() or _sees_least(module, sliding_window)):
+        say_if_dense(_parse(config), query, key, layer, sliding_window)
     rest = causal, scale, softcap, sliding_window, config, layer
     index = index_of(key)
     if index is None and (torch.compiler.is_compiling() or wants_gradient(query, key, value)):
@@ -192,6 +195,12 @@ def sparsek_attention(
         else:
             out = _attend(query, key, value, attention_mask, starts, *rest, index)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _sees_least(module: torch.nn.Module, sliding_window: int | None) -> bool:
+    """Whether this is a layer with a sliding window in a model that has layers without."""
+    kinds = getattr(getattr(module, "config", None), "layer_types", None) or ()
+    return sliding_window is not None and "full_attention" in kinds
 
 
 def _is_short(
@@ -234,6 +243,8 @@ def _attention_op(
     layer: int | None,
 ) -> torch.Tensor:
     """One opaque operation for torch.compile: everything that depends on values happens inside it."""
+    if sliding_window is None:
+        say_if_dense(_parse(config), q, k, layer)
     starts = None if positions is None else _sequence_starts(positions)
     return _attend(q, k, v, mask, starts, is_causal, scale, softcap, sliding_window, config, layer)
 
