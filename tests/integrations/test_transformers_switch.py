@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,30 @@ def test_two_models_have_their_own_configurations() -> None:
 def test_from_pretrained_takes_the_name_and_the_saved_configuration(tmp_path: Path) -> None:
     saved = integration.enable(llama(), CONFIG)
     saved.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert SparseKConfig.from_json(written["sparsek"]) == CONFIG
+    assert "_sparsek_enabled" not in written
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sparsek").eval()
     assert integration.current_config(loaded) == CONFIG
     torch.testing.assert_close(logits(loaded), logits(saved))
+
+
+def test_a_configuration_that_is_registered_is_over_the_saved_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(integration, "_registered", None)
+    integration.enable(llama(), CONFIG).save_pretrained(tmp_path)
+    integration.register(SparseKConfig.pure(7))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sparsek").eval()
+    assert integration.current_config(loaded) == SparseKConfig.pure(7)
+    with integration.enabled(loaded, SparseKConfig.pure(8)):
+        assert integration.current_config(loaded) == SparseKConfig.pure(8)
+    seen: set[int] = set()
+    with integration.observed(lambda _layer, problem, _out: seen.add(problem.rule.top_k)):
+        logits(integration.enable(loaded, SparseKConfig.pure(9)))
+    assert seen == {9}
+    with pytest.raises(TypeError, match="config = 7: must be a SparseKConfig"):
+        integration.register(7)
 
 
 def test_default_configuration() -> None:

@@ -17,6 +17,7 @@ from .streams import discard_output
 COMMANDS: Final = {
     "run": "generate text",
     "serve": "answer requests over HTTP",
+    "exec": "run another program, in which Transformers knows Sparse-K",
     "bench": "speed of a model, dense beside Sparse-K",
     "bench-attention": "speed of the attention call alone",
     "eval": "what K costs in quality",

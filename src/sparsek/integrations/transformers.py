@@ -5,7 +5,7 @@
 
 or, on a model that is loaded already, `enable(model, SparseKConfig(top_k=64))`, `disable(model)`, and
 `with enabled(model, config): ...`. The configuration lives in `model.config.sparsek` as JSON text, so it is
-saved and loaded with the model.
+saved and loaded with the model; for models that are loaded by name `register(config)` is over it.
 
 `SparseKCache` (see transformers_cache.py) makes generation fast.
 
@@ -54,6 +54,7 @@ __all__ = [
 NAME: Final = "sparsek"
 _FIELD: Final = "sparsek"  # of the model's config
 _DEFAULT: Final = SparseKConfig().to_json()
+_ENABLED: Final = "_sparsek_enabled"  # of modules
 # Arguments with which some models change what attention means.
 _UNSUPPORTED: Final = ("s_aux", "sinks", "position_bias", "indices", "block_indices", "head_mask", "cache")
 
@@ -61,10 +62,22 @@ Model = TypeVar("Model", bound=Any)
 _observers = Observers()
 _starts: OncePerPass[torch.Tensor | None] = OncePerPass()
 _ranges: OncePerPass[Ranges] = OncePerPass()
+_registered: str | None = None  # for models that are loaded by name
 
 
-def register() -> None:
-    """Make `attn_implementation="sparsek"` known to Transformers. May be called again at any time."""
+def register(config: SparseKConfig | None = None) -> None:
+    """Make `attn_implementation="sparsek"` known to Transformers. May be called again at any time.
+
+    Args:
+        config: for every model that is loaded by this name, in place of what its config.json says; `enable`
+            is over it. Without it a model has what its config.json says, or else the default.
+
+    Raises:
+        TypeError: `config` is no SparseKConfig.
+    """
+    global _registered
+    if config is not None:
+        _registered = _checked(config).to_json()
     AttentionInterface.register(NAME, sparsek_attention)
     AttentionMaskInterface.register(NAME, _mask)
 
@@ -79,11 +92,14 @@ def enable(model: Model, config: SparseKConfig | None = None) -> Model:
             `config` has a value per layer and their number is not that of the model's layers.
     """
     register()
-    config = SparseKConfig() if config is None else config
+    _enable(model_within(model), _checked(SparseKConfig() if config is None else config))
+    return model
+
+
+def _checked(config: SparseKConfig) -> SparseKConfig:
     if not isinstance(config, SparseKConfig):
         raise TypeError(f"config = {config!r}: must be a SparseKConfig")
-    _enable(model_within(model), config)
-    return model
+    return config
 
 
 def _enable(model: Any, config: SparseKConfig) -> None:
@@ -100,8 +116,9 @@ def _enable(model: Any, config: SparseKConfig) -> None:
     model.set_attn_implementation(NAME)
     if NAME not in before.values():
         model._attention_before_sparsek = before
-    for part in _configs(model):
-        setattr(part, _FIELD, config.to_json())
+    for module in _with_config(model):
+        setattr(module.config, _FIELD, config.to_json())
+        setattr(module, _ENABLED, True)
 
 
 def disable(model: Model) -> Model:
@@ -109,8 +126,9 @@ def disable(model: Model) -> Model:
     within = model_within(model)
     if _is_on(within):
         within.set_attn_implementation(getattr(within, "_attention_before_sparsek", "sdpa"))
-    for part in _configs(within):
-        part.__dict__.pop(_FIELD, None)
+    for module in _with_config(within):
+        module.config.__dict__.pop(_FIELD, None)
+        module.__dict__.pop(_ENABLED, None)
     return model
 
 
@@ -131,7 +149,7 @@ def enabled(model: Model, config: SparseKConfig | None = None) -> Iterator[Model
 def current_config(model: Any) -> SparseKConfig | None:
     """The configuration that is on in a model, or None."""
     within = model_within(model)
-    return _parse(_stored(within.config)) if _is_on(within) else None
+    return _parse(_stored(within)) if _is_on(within) else None
 
 
 @contextlib.contextmanager
@@ -175,7 +193,7 @@ def sparsek_attention(
     # Only a causal call without a mask can have lost its packing; positions are then those of the keys.
     packed = causal and position_ids is not None and position_ids.shape[1:] == key.shape[2:3]
     positions = position_ids if packed else None
-    config, layer = _stored(getattr(module, "config", None)), getattr(module, "layer_idx", None)
+    config, layer = _stored(module), getattr(module, "layer_idx", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not (torch.compiler.is_compiling() or _sees_least(module, sliding_window)):
         say_if_dense(_parse(config), query, key, layer, sliding_window)
@@ -391,18 +409,17 @@ def _implementations(model: Any) -> dict[str, str]:
     return {"": model.config._attn_implementation, **named}
 
 
-def _configs(model: Any) -> list[Any]:
-    """The model's configuration and those of its parts, each of which some attention layer may hold."""
-    found = {id(model.config): model.config}
-    for module in model.modules():
-        part = getattr(module, "config", None)
-        if hasattr(part, "_attn_implementation"):
-            found[id(part)] = part
-    return list(found.values())
+def _with_config(model: Any) -> list[Any]:
+    """The model and those of its modules that hold a configuration, of the whole or of a part."""
+    return [m for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
 
 
-def _stored(config: Any) -> str:
-    text = getattr(config, _FIELD, _DEFAULT)
+def _stored(module: Any) -> str:
+    """Of a module that `enable` has seen what it set; of others what `register` was told, or else what the
+    model brought with it."""
+    text = getattr(getattr(module, "config", None), _FIELD, _DEFAULT)
+    if _registered is not None and not getattr(module, _ENABLED, False):
+        text = _registered
     if not isinstance(text, str):
         raise ValueError(
             f"the model's configuration has {_FIELD} = {text!r}: must be JSON text of a SparseKConfig"
