@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 CPP := $(shell find cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo test test-docs test-gpu test-vllm test-vllm-gpu test-architectures test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu bench-gpu-model bench-vllm bench-vllm-gpu study docs clean
+.PHONY: help setup demo test test-avx2 test-docs test-gpu test-vllm test-vllm-gpu test-architectures test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu bench-gpu-model bench-vllm bench-vllm-gpu study docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,12 @@ test: $(READY) ## C++ and Python tests
 	$(BIN)/cmake --build build/cpp-tests
 	$(BIN)/ctest --test-dir build/cpp-tests --output-on-failure
 	$(BIN)/pytest
+
+# What rounds otherwise on a processor without AVX-512, or takes other ways.
+AVX2 := tests/test_*.py tests/kernels/test_cpu.py tests/integrations/test_llama_cpp.py tests/integrations/test_transformers_cache.py \
+  tests/evaluate/test_quality.py tests/cli/test_commands.py
+test-avx2: $(READY) ## what depends on the instruction set, with AVX2
+	SPARSEK_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest $(AVX2)
 
 test-docs: $(READY) ## the long code blocks of README and docs, and its installs in clean environments (ten minutes)
 	$(BIN)/pytest tests/docs --docs
