@@ -25,8 +25,8 @@ LONG = """\
 1.0.0.7 I slot      release: id  0 | task 9 | stop processing: n_tokens = 600, truncated = 0"""
 
 
-def answers_of(lines: str, counts: list[int], unsaid: int = 0) -> list[Answer]:
-    """`counts`: what the count of sparse operations is, each time that it is asked for."""
+def answers_of(lines: str, sparse: int, unsaid: int = 0) -> list[Answer]:
+    """`sparse`: the count of sparse operations when an answer ends."""
     found: list[Answer] = []
 
     def describe(answer: Answer) -> str:
@@ -34,9 +34,7 @@ def answers_of(lines: str, counts: list[int], unsaid: int = 0) -> list[Answer]:
         return "answer"
 
     said: list[str] = []
-    log = ServerLog(
-        describe, said.append, min_context=512, unsaid=unsaid, sparse=lambda: counts.pop(0) if counts else 0
-    )
+    log = ServerLog(describe, said.append, min_context=512, unsaid=unsaid, sparse=lambda: sparse)
     for line in lines.splitlines():
         log.feed(line)
     assert said == ["answer"] * len(found)
@@ -45,31 +43,25 @@ def answers_of(lines: str, counts: list[int], unsaid: int = 0) -> list[Answer]:
 
 def test_an_answer() -> None:
     expected = Answer(
-        read=7, cached=277, written=5, read_seconds=0.8039, write_seconds=0.43197, tokens=288, sparse=False
+        read=7, cached=277, written=5, read_seconds=0.8039, write_seconds=0.43197, tokens=288, sparse=True
     )
-    assert answers_of(ALONE, [0, 30]) == [expected]  # 288 tokens are below min_context
+    assert answers_of(ALONE, 30) == [expected]  # 288 tokens lie in 512 cells, which is min_context
 
 
 def test_of_two_at_a_time_one_is_refused() -> None:
-    refused, answer = answers_of(LONG, [5, 5, 5, 40])
+    refused, answer = answers_of(LONG, 40)
     assert refused.error == "request (3001 tokens) exceeds the available context size"
     assert (answer.read, answer.cached, answer.written, answer.sparse) == (600, 0, 1, True)
-    assert answers_of(LONG, [0, 0, 0, 0])[1].sparse is False
-
-
-def test_what_ran_before_the_line_was_read_counts() -> None:
-    alone = "\n".join(line for line in LONG.splitlines() if "task 12" not in line)
-    (answer,) = answers_of(alone, [29, 29])
-    assert answer.sparse
+    assert answers_of(LONG, 0)[1].sparse is False
 
 
 def test_broken_off_and_unsaid() -> None:
     begun = ALONE.splitlines()[1]
     ended = ALONE.splitlines()[-1]
-    (answer,) = answers_of(f"{begun}\n{ended}", [])
+    (answer,) = answers_of(f"{begun}\n{ended}", 0)
     assert answer.broken_off
     assert answer.tokens == 288
-    assert answers_of(f"{ALONE}\n{begun}\n{ended}", [], unsaid=1) == [answer]
+    assert answers_of(f"{ALONE}\n{begun}\n{ended}", 0, unsaid=1) == [answer]
 
 
 def test_what_is_for_the_user_is_passed_on() -> None:

@@ -138,8 +138,8 @@ def _cells(record: Any) -> dict[str, Any]:
 def _csv(cells: Sequence[Any]) -> str:
     """A line, without its end."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(cells)
-    return text.getvalue()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().removesuffix("\n")
 
 
 def write_file(path: str, text: str) -> None:

@@ -35,8 +35,7 @@ _SECONDS: Final = 5.0  # at most, for what was written to be read
 class Answer:
     """One answer of the server. `read` tokens of the prompt were computed, in `read_seconds`, `cached` ones
     taken from the cache; `written` tokens in `write_seconds`, which begin after the first. `sparse`: Sparse-K
-    ran on it; with several at a time, on some that were computed together. `error`: why there is none;
-    `broken_off`: the client went away."""
+    ran on it. `error`: why there is none; `broken_off`: the client went away."""
 
     read: int = 0
     cached: int = 0
@@ -52,7 +51,6 @@ class Answer:
 @dataclass
 class _Slot:
     task: int
-    sparse_before: int
     found: Answer = field(default_factory=Answer)
     is_timed: bool = False
 
@@ -65,7 +63,8 @@ class ServerLog:
         pass_on: called with the lines that are for the user: answers, and errors, or everything with `show`.
         min_context: fewer tokens than this are dense.
         unsaid: so many answers, the first ones, are nobody's.
-        sparse: attention operations with Sparse-K so far, in all.
+        sparse: attention operations with Sparse-K so far, in all. One setting serves all answers: where it is
+            ever used, it is in each that is long enough. Counting by answer would race with the log.
     """
 
     def __init__(
@@ -83,7 +82,6 @@ class ServerLog:
         self._slots: dict[str, _Slot] = {}
         self._refused: dict[int, str] = {}
         self._is_error = False
-        self._sparse_when_idle = 0
 
     def feed(self, line: str) -> None:
         """A line, without its end."""
@@ -104,9 +102,7 @@ class ServerLog:
 
     def _of_slot(self, slot: str, task: int, message: str) -> None:
         if message.startswith("processing task"):
-            # What ran until this line was read may be of this answer already, where it is the only one.
-            before = self._sparse() if self._slots else self._sparse_when_idle
-            self._slots[slot] = _Slot(task, before)
+            self._slots[slot] = _Slot(task)
         at = self._slots.get(slot)
         if at is None or at.task != task:
             return
@@ -119,7 +115,6 @@ class ServerLog:
         elif end := _END.match(message):
             del self._slots[slot]
             answer = self._ended(at, int(end[1]))
-            self._sparse_when_idle = self._sparse()
             if self._unsaid:
                 self._unsaid -= 1
             else:
@@ -133,7 +128,7 @@ class ServerLog:
         found.error = self._refused.pop(at.task, None)
         found.broken_off = found.error is None and not at.is_timed
         keys = -(-tokens // CELLS) * CELLS
-        found.sparse = keys >= self._min_context and self._sparse() > at.sparse_before
+        found.sparse = keys >= self._min_context and self._sparse() > 0
         return found
 
 
