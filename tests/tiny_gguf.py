@@ -71,6 +71,41 @@ def llama(*, says: int | None = None, architecture: str = "llama", context: int 
     return model
 
 
+def says_in_a_circle(tokens: list[int], model: TinyModel | None = None) -> TinyModel:
+    """It says these tokens, all different, one after the other, and begins anew: after any of them the next,
+    and the first after all others."""
+    model = model or llama()
+    size = len(model.fields["tokenizer.ggml.tokens"])
+    for name, tensor in model.tensors.items():
+        tensor[...] = 0 if "attn_output" in name or "ffn_down" in name else tensor
+    seen, said = (np.zeros((size, WIDTH), np.float32) for _ in range(2))
+    seen[:, len(tokens) - 1] = 1  # as after the last
+    for i, token in enumerate(tokens):
+        seen[token] = np.eye(WIDTH)[i]
+        said[tokens[(i + 1) % len(tokens)], i] = 1
+    model.tensors |= {"token_embd.weight": seen, "output.weight": said}
+    return model
+
+
+def sentence_piece(words: list[str]) -> TinyModel:
+    """A model whose vocabulary is SentencePiece's: bytes, then these words with their first number 259."""
+    model, size = llama(), _vocabulary()
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    assert len(tokens) <= size
+    tokens += [f"unused{i}" for i in range(size - len(tokens))]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * (size - 259)]
+    del model.fields["tokenizer.ggml.merges"], model.fields["tokenizer.ggml.pre"]
+    model.fields |= {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": [0.0] * size,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    return model
+
+
 def lfm2(context: int = 4096) -> TinyModel:
     """A hybrid: layers 0 and 2 are short convolutions, 1 and 3 attend."""
     model, kept = _model("lfm2", context), 3
@@ -294,4 +329,5 @@ def _kind(value: Any) -> Any:
 
 
 def _inner(values: list[Any]) -> Any:
-    return KIND.STRING if isinstance(values[0], str) else KIND.INT32
+    kinds = {str: KIND.STRING, float: KIND.FLOAT32, int: KIND.INT32}
+    return kinds[type(values[0])]

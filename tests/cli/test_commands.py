@@ -94,7 +94,7 @@ def test_info_tells_the_processor_and_the_kernels(sparsek: Sparsek) -> None:
 
 @pytest.mark.model
 def test_run_answers(sparsek: Sparsek) -> None:
-    text = sparsek("run", "-p", "What is the capital of France?", "-n", "16", "-k", "16", *SPARSE)
+    text = sparsek("run", "-p", "Name the capital of France.", "-n", "16", "-k", "16", *SPARSE)
     assert "Paris" in text
 
 

@@ -223,3 +223,14 @@ def test_a_hybrid_model_is_compared_where_it_attends(sparsek: Sparsek, tmp_path:
         assert (record["speedup"] is not None) == sparse
         assert (record["verified_rows"] > 0) == sparse
         assert (record["operations"]["host"] == 0) == sparse
+
+
+@pytest.mark.parametrize("engine", ["llama", "transformers"])
+def test_what_run_prints_is_what_the_model_says(sparsek: Sparsek, tmp_path: Path, engine: str) -> None:
+    said = "é !=".encode()
+    model = tiny_gguf.says_in_a_circle(list(said))
+    model.fields["tokenizer.ggml.pre"] = "llama-bpe"
+    file = str(model.write(tmp_path / "model.gguf"))
+    asked = ["run", "-m", file, "--raw", "-p", "=", "--engine", engine, "--threads", "1", "-n"]
+    assert sparsek(*asked, str(2 * len(said))) == "é !=é !=\n"
+    assert sparsek(*asked, "1") == "\n"  # half of a character is held back

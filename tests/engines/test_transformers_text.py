@@ -53,12 +53,7 @@ def test_a_text_begins_as_the_file_says(
     assert loaded.encode_chat("Hello") == chat  # once
 
 
-def test_a_chat_template_that_fails(
-    loaded: engine.TransformersEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loaded._tokenizer._tokenizer, "chat_template", "{% for x in %}")
-    with pytest.raises(ValueError, match=r"chat template of .*gguf fails, try --raw: TemplateSyntaxError"):
-        loaded.encode_chat("Hello")
+def test_no_chat_template(loaded: engine.TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaded._tokenizer._tokenizer, "chat_template", "")
     assert loaded.encode_chat("Hello") == loaded.encode("Hello")
 

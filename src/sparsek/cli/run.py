@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
 from ..config import TopK
-from ..engines.text import option_text, read_text_file
+from ..engines.text import option_text, read_text_file, whole_characters
 from .options import (
     SAMPLING,
     Budgets,
@@ -85,26 +86,28 @@ def command(
         )
     start = time.perf_counter()
     prompt_seconds = 0.0
-    produced: list[int] = []
-    shown = ""
+    produced = 0
     waiting = contextlib.ExitStack()
     waiting.enter_context(status(f"processing the prompt, {len(ids)} tokens"))
-    for token in opened.generate(ids, tokens, chosen):
-        waiting.close()
-        prompt_seconds = prompt_seconds or time.perf_counter() - start
-        produced.append(token)
-        text = opened.decode(produced)
-        if not text.endswith("\ufffd"):  # half of a character: wait for the rest
-            click.echo(text[len(shown) :], nl=False)
-            shown = text
+
+    def counted() -> Iterator[int]:
+        nonlocal prompt_seconds, produced
+        for token in opened.generate(ids, tokens, chosen):
+            waiting.close()
+            prompt_seconds = prompt_seconds or time.perf_counter() - start
+            produced += 1
+            yield token
+
+    for part in whole_characters(opened.pieces(counted())):
+        click.echo(part, nl=False)
     waiting.close()
     total = time.perf_counter() - start
     click.echo()
-    steps = max(0, len(produced) - 1)
+    steps = max(0, produced - 1)
     spent = total - prompt_seconds
     click.echo(
         f"prompt: {len(ids)} tokens, {len(ids) / (prompt_seconds or total):.1f} tokens/s | "
-        f"generation: {len(produced)} tokens, {steps / spent if steps and spent > 0 else 0:.1f} tokens/s | "
+        f"generation: {produced} tokens, {steps / spent if steps and spent > 0 else 0:.1f} tokens/s | "
         f"attention: {_attention(chosen, len(ids))}",
         err=True,
     )

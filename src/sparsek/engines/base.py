@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
@@ -110,7 +110,12 @@ class Engine(Protocol):
     def encode_chat(self, text: str) -> list[int]:
         """`text` as a user's message in the model's chat format; plain where it has none."""
 
-    def decode(self, tokens: list[int]) -> str: ...
+    def pieces(self, tokens: Iterable[int]) -> Iterator[bytes]:
+        """What each token says where it follows others, byte for byte, in UTF-8: a character may be divided
+        among several. Nothing for a token that is markup."""
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of `pieces`; U+FFFD stands for bytes that are no character."""
 
     def prompt(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[tuple[int, float]]:
         """Process a prompt up to its last token's logits; yields the (number of tokens, seconds) of each part

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -66,8 +66,11 @@ class LlamaEngine:
     def encode_chat(self, text: str) -> list[int]:
         return self._tokenizer.encode_chat(text)
 
-    def decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens)
+    def pieces(self, tokens: Iterable[int]) -> Iterator[bytes]:
+        return self._tokenizer.pieces(tokens)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return b"".join(self.pieces(tokens)).decode(errors="replace")
 
     def prompt(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[tuple[int, float]]:
         context = self._new_context(len(tokens) + 1, config)

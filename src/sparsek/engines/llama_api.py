@@ -119,16 +119,16 @@ _FUNCTIONS: Final = {
     "llama_model_n_params": (c_uint64, [c_void_p]),
     "llama_model_n_ctx_train": (c_int32, [c_void_p]),
     "llama_model_chat_template": (c_char_p, [c_void_p, c_char_p]),
-    "llama_chat_apply_template": (c_int32, [c_char_p, c_void_p, c_size_t, c_bool, c_char_p, c_int32]),
     "llama_vocab_type": (c_int32, [c_void_p]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
+    "llama_vocab_get_add_bos": (c_bool, [c_void_p]),
     "llama_vocab_get_add_eos": (c_bool, [c_void_p]),
     "llama_vocab_get_add_sep": (c_bool, [c_void_p]),
     "llama_vocab_eos": (c_int32, [c_void_p]),
     "llama_vocab_sep": (c_int32, [c_void_p]),
     "llama_vocab_is_eog": (c_bool, [c_void_p, c_int32]),
     "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
-    "llama_detokenize": (c_int32, [c_void_p, POINTER(c_int32), c_int32, c_char_p, c_int32, c_bool, c_bool]),
+    "llama_token_to_piece": (c_int32, [c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool]),
     "llama_get_causal_attn": (c_bool, [c_void_p]),
     "llama_pooling_type": (c_int32, [c_void_p]),
     "llama_get_memory": (c_void_p, [c_void_p]),
@@ -141,10 +141,6 @@ _FUNCTIONS: Final = {
     "llama_get_logits": (POINTER(c_float), [c_void_p]),
     "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
 }
-
-
-class ChatMessage(ctypes.Structure):
-    _fields_ = [("role", c_char_p), ("content", c_char_p)]
 
 
 @cache

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
-from . import llama_api as api
+from .chat_template import chat_prompt, render
 from .llama_model import LlamaModel
 from .text import check_text
 
 _TOO_LONG: Final = -(2**31)  # llama.cpp's answer to what its numbers cannot count
+_PIECE: Final = 64  # bytes of a token; few have more
+# What templates call them, and the fields of a file. Where a file names none, llama.cpp takes some other.
+_SPECIAL: Final = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 class Tokenizer:
@@ -42,36 +45,40 @@ class Tokenizer:
         """`text` as a user's message in the model's chat format; plain where it has none.
 
         Raises:
-            ValueError: llama.cpp does not know the format, or as `encode`.
+            ValueError: the chat template fails, or as `encode`.
         """
         template = self._lib.llama_model_chat_template(self._model.value, None)
         if not template:
             return self.encode(text)
-        data = check_text(text).encode()
-        message = api.ChatMessage(b"user", data)
-
-        def apply(room: Any, size: int) -> int:
-            length: int = self._lib.llama_chat_apply_template(
-                template, ctypes.byref(message), 1, True, room, size
-            )
-            if length < 0:
-                raise ValueError(
-                    f"llama.cpp does not know the chat template, --raw does without: {self._model.files.path}"
-                )
-            return length
-
-        return self.encode(_whole(apply, ctypes.c_char, 2 * len(data) + 4096).decode(), special=True)
-
-    def decode(self, tokens: list[int]) -> str:
-        given = (ctypes.c_int32 * len(tokens))(*tokens)
-        text: bytes = _whole(
-            lambda room, size: self._lib.llama_detokenize(
-                self._vocab, given, len(tokens), room, size, True, False
-            ),
-            ctypes.c_char,
-            16 * len(tokens) + 64,
+        program, tokens = template.decode(errors="replace"), self._special_tokens()
+        prompt = chat_prompt(
+            lambda messages: render(program, messages, tokens), check_text(text), self._model.files.path
         )
-        return text.decode(errors="replace")
+        if self._lib.llama_vocab_get_add_bos(self._vocab):  # once, and llama.cpp puts it there
+            prompt = prompt.removeprefix(tokens.get("bos_token", ""))
+        return self.encode(prompt, special=True)
+
+    def pieces(self, tokens: Iterable[int]) -> Iterator[bytes]:
+        """What each token says where it follows others, in UTF-8; nothing for one that is markup. llama.cpp's
+        way back for whole texts takes spaces out for some models."""
+        return (self._piece(token) for token in tokens)
+
+    def _piece(self, token: int, *, special: bool = False) -> bytes:
+        piece: bytes = _whole(
+            lambda room, size: self._lib.llama_token_to_piece(self._vocab, token, room, size, 0, special),
+            ctypes.c_char,
+            _PIECE,
+        )
+        return piece
+
+    def _special_tokens(self) -> dict[str, str]:
+        metadata, known = self._model.files.metadata, range(self._model.vocabulary)
+        numbers = {name: metadata.get(f"tokenizer.ggml.{field}_token_id") for name, field in _SPECIAL.items()}
+        return {
+            name: self._piece(number, special=True).decode(errors="replace")
+            for name, number in numbers.items()
+            if isinstance(number, int) and number in known
+        }
 
     def ends(self, token: int) -> bool:
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))

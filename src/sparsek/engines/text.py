@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -80,7 +81,23 @@ def _unix_lines(text: str) -> str:
     return text.replace("\r\n", "\n")
 
 
+def whole_characters(pieces: Iterable[bytes]) -> Iterator[str]:
+    """Texts of UTF-8, as they come: the bytes of a character that is not whole yet are held back. Bytes that
+    are no character become U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for piece in pieces:
+        text = decoder.decode(piece)
+        if text:
+            yield text
+
+
 def shown_name(name: str) -> str:
     """A file's name as text that UTF-8 can hold: what is no character becomes an escape, \\xe9."""
     name = _NO_BYTE.sub(lambda half: f"\\u{ord(half[0]):04x}", name)
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def first_line(error: Exception) -> str:
+    """An error of a library in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -94,8 +94,11 @@ class TransformersEngine:
             )
         return tokens
 
-    def decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens)
+    def pieces(self, tokens: Iterable[int]) -> Iterator[bytes]:
+        return self._tokenizer.pieces(tokens)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return b"".join(self.pieces(tokens)).decode(errors="replace")
 
     def prompt(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[tuple[int, float]]:
         with self._attending(config):

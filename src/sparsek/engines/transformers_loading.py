@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .model_file import utf8_way_to
+from .text import first_line
 from .tokenizer_check import keeps_words_whole
 
 
@@ -70,9 +71,3 @@ def _source(path: Path) -> dict[str, Any]:
     if path.is_file():
         return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     return {"pretrained_model_name_or_path": path}
-
-
-def first_line(error: Exception) -> str:
-    """An error of a library in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

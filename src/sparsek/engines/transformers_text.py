@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .chat_template import Message, chat_prompt
 from .text import check_text
-from .transformers_loading import first_line, load_tokenizer
+from .transformers_loading import load_tokenizer
+from .transformers_pieces import pieces_of
 
 
 class Tokenizer:
@@ -14,6 +17,7 @@ class Tokenizer:
 
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         self._path, self._tokenizer = path, load_tokenizer(path)
+        self._pieces = pieces_of(self._tokenizer)
         self._bos, self._added = _bos(metadata), _added_at_the_end(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -25,19 +29,18 @@ class Tokenizer:
 
     def encode_chat(self, text: str) -> list[int]:
         """`text` as a user's message in the model's chat format; plain where it has none. Raises as `encode`,
-        and where the format fails."""
+        and where the template fails."""
         if not self._tokenizer.chat_template:
             return self.encode(text)
-        chat = [{"role": "user", "content": check_text(text)}]
-        try:
-            encoded = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-        except Exception as error:  # a program that came with the model
-            reason = first_line(error)
-            raise ValueError(f"the chat template of {self._path} fails, try --raw: {reason}") from error
-        return self._begun(list(encoded["input_ids"]))
+        prompt = chat_prompt(self._render, check_text(text), self._path)
+        return self._begun(list(self._tokenizer(prompt, add_special_tokens=False)["input_ids"]))
 
-    def decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+    def _render(self, messages: list[Message]) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def pieces(self, tokens: Iterable[int]) -> Iterator[bytes]:
+        """As `base.Engine`."""
+        return self._pieces(tokens)
 
     @property
     def eos(self) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -24,8 +24,7 @@ from ..integrations.observers import Observer
 from .base import Part, RequestTimes, check_device, of_layers
 from .gguf_model import not_finite
 from .model_file import find_model
-from .text import check_text, shown_name
-from .transformers_loading import first_line
+from .text import check_text, first_line, shown_name
 from .transformers_text import Tokenizer
 
 _LOGIT_ROWS: Final = 256  # rows of [rows, vocabulary] held at once
@@ -118,8 +117,11 @@ class VllmEngine:
     def encode_chat(self, text: str) -> list[int]:
         return self._tokenizer.encode_chat(text)
 
-    def decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens)
+    def pieces(self, tokens: Iterable[int]) -> Iterator[bytes]:
+        return self._tokenizer.pieces(tokens)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return b"".join(self.pieces(tokens)).decode(errors="replace")
 
     def prompt(self, tokens: list[int], config: SparseKConfig | None) -> Iterator[tuple[int, float]]:
         (times,) = self.requests([tokens], 1, config)
@@ -270,5 +272,5 @@ class _Bytes:
 
     encode_chat = encode
 
-    def decode(self, tokens: list[int]) -> str:
-        return bytes(token % 256 for token in tokens).decode(errors="replace")
+    def pieces(self, tokens: Iterable[int]) -> Iterator[bytes]:
+        return (bytes([token % 256]) for token in tokens)
