@@ -6,7 +6,8 @@ a reader can see that it is right. For query row i at position p (the rows are t
     scores   s_j = scale * q.k_j, then softcap, then the additive mask
     allowed  what causality and the mask leave
     always   allowed keys among the first `sinks`, the last `window` allowed up to p, multiples of `stride`
-    best     the `top_k` best of the other allowed keys; equal scores: the lower position first
+    best     the `top_k` best of the other allowed keys; equal scores: the lower position first; with
+             `min_share` of those that get at least this share of the softmax over the allowed keys
     tail     for each aligned block of 64 keys, all of them allowed: n exp(mean score) for its n dropped keys,
              with the mean value of the block
 """
@@ -66,7 +67,8 @@ def rows(call: Call) -> Iterator[tuple[tuple[int, int, int], Row]]:
         scores = softcap(raw, call.softcap) + bias[b, h, i]
         magnitude = abs(scale) * float(np.max(abs(keys) @ abs(q[b, h, i]), initial=0))
         always = _always(call, allowed, position)
-        best = _best(scores, allowed - always, call.config.top_k)
+        candidates = {j for j, share in shares(scores, allowed).items() if share >= call.config.min_share}
+        best = _best(scores, candidates - always, call.config.top_k)
         yield (b, h, i), Row(raw, bias[b, h, i], scores, magnitude, allowed, always, best)
 
 
@@ -175,14 +177,74 @@ def _always(call: Call, allowed: set[int], position: int) -> set[int]:
     config = call.config
     always = {j for j in allowed if j < config.sinks}
     up_to_here = sorted(j for j in allowed if j <= position)
-    always |= set(up_to_here[max(0, len(up_to_here) - config.window) :])
+    window = max(config.window, 1) if config.min_share else config.window
+    always |= set(up_to_here[max(0, len(up_to_here) - window) :])
     if config.stride > 0:
         always |= {j for j in allowed if j % config.stride == 0}
     return always
 
 
 def _best(scores: Array, candidates: set[int], top_k: Any) -> set[int]:
-    return set(sorted(candidates, key=lambda j: (-scores[j], j))[:top_k])
+    best_first = sorted(candidates, key=lambda j: (-scores[j], j))
+    return set(best_first if top_k == "auto" else best_first[:top_k])
+
+
+def shares(scores: Array, allowed: set[int]) -> dict[int, float]:
+    """What the softmax over the allowed keys gives each of them."""
+    peak = max((scores[j] for j in allowed), default=0.0)
+    weights = {j: math.exp(scores[j] - peak) for j in allowed}
+    total = math.fsum(weights.values())
+    return {j: weight / total for j, weight in weights.items()}
+
+
+def assert_shares(call: Call, got: Array) -> None:
+    """Fail unless `got`, bool [B, H, Tq, Tk], has the keys with `min_share`, but for those that rounding can
+    put on either side of it."""
+    unit = 1e-12 if "float64" in str(call.q.dtype) else 1e-5
+    least = call.config.min_share
+    for where, row in rows(call):
+        slack = math.exp(min(unit * max(1, row.magnitude), 1.0))
+        keys = set(map(int, np.flatnonzero(got[where])))
+        share = shares(row.scores, row.allowed)
+        assert row.always <= keys <= row.allowed, where
+        assert all(share[j] >= least / slack for j in keys - row.always), where
+        assert all(share[j] <= least * slack for j in row.allowed - keys), where
+
+
+def assert_estimated_shares(call: Call, got: Array) -> None:
+    """Fail unless `got`, bool [B, H, Tq, Tk], has the keys with `min_share` of the sum that the CPU kernel
+    estimates, in each row, or the `top_k` best of them: see `estimated_total`."""
+    config = call.config
+    for where, row in rows(call):
+        least = estimated_total(call, row) + math.log(config.min_share)
+        eps = 1e-5 * max(1, abs(least) if math.isfinite(least) else 1, row.magnitude / 10)
+        keys = set(map(int, np.flatnonzero(got[where])))
+        assert row.always <= keys <= row.allowed, where
+        chosen, dropped = keys - row.always, row.allowed - keys
+        assert all(row.scores[j] >= least - eps for j in chosen), where
+        better = [j for j in dropped if row.scores[j] > least + eps]
+        if config.top_k == "auto" or len(chosen) < config.top_k:
+            assert not better, where
+        elif better and chosen:
+            assert len(chosen) == config.top_k, where
+            assert max(row.scores[better]) <= min(row.scores[list(chosen)]) + eps, where
+        if call.exact and all(abs(row.scores[j] - least) > eps for j in row.allowed):
+            reaching = {j for j in row.allowed - row.always if row.scores[j] > least}
+            assert chosen == _best(row.scores, reaching, config.top_k), where
+
+
+def estimated_total(call: Call, row: Row) -> float:
+    """log-sum-exp of the row's scores: of the always-kept keys exactly, of the others by the mean score of
+    each block of 64 keys that are all allowed. -inf where there are none."""
+    terms = [row.scores[j] for j in row.always]
+    for start in range(0, len(row.raw) - BLOCK + 1, BLOCK):
+        others = [j for j in range(start, start + BLOCK) if j not in row.always]
+        if others and row.allowed.issuperset(range(start, start + BLOCK)):
+            terms.append(math.log(len(others)) + float(softcap(row.raw[others].mean(), call.softcap)))
+    peak = max(terms, default=-math.inf)
+    if peak == -math.inf:
+        return peak
+    return float(peak + math.log(math.fsum(math.exp(x - peak) for x in terms)))
 
 
 def _attend(call: Call, row: Row, kept_keys: set[int], values: Array) -> Array:

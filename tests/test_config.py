@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsek import SparseKConfig
-from sparsek.config import parse_layers, parse_top_k
+from sparsek.config import budget_name, budget_range, budget_words, parse_layers, parse_top_k
 
 from .strategies import examples
 
@@ -29,13 +29,14 @@ CONFIGS = st.builds(
     dense_layers=st.lists(st.integers(0, 200), max_size=5).map(tuple),
     min_context=COUNTS,
     check_finite=st.booleans(),
+    min_share=st.floats(0, 1),
 )
 
 
 def test_defaults() -> None:
     assert SparseKConfig() == SparseKConfig(
         top_k="auto", sinks=4, window=16, stride=0, tail="centroid", dense_layers=(0,), min_context=2048,
-        check_finite=False,
+        check_finite=False, min_share=0.0,
     )  # fmt: skip
 
 
@@ -129,3 +130,19 @@ def test_top_k_of_the_command_line(text: str, top_k: object) -> None:
 )
 def test_layers_of_the_command_line(text: str, layers: tuple[int, ...]) -> None:
     assert parse_layers(text) == layers
+
+
+def test_names_of_what_is_kept() -> None:
+    assert budget_name(None) == 0
+    assert budget_name(SparseKConfig()) == "auto"
+    assert budget_name(SparseKConfig(64)) == 64
+    assert budget_name(SparseKConfig((8, 16))) == "per layer"
+    assert budget_name(SparseKConfig(min_share=0.002)) == "share 0.002"
+    assert budget_name(SparseKConfig(64, min_share=0.002)) == "share 0.002, K 64"
+    assert budget_range({}) == "auto"
+    assert budget_range(SparseKConfig(min_share=0.002).to_dict()) == "share 0.002"
+    assert budget_range(SparseKConfig((64, 8)).to_dict()) == "8 to 64"
+    assert budget_range(SparseKConfig((64, "auto"), min_share=0.01).to_dict()) == "share 0.01, K auto to 64"
+    assert budget_words(64) == "K = 64"
+    assert budget_words("auto") == "K = auto"
+    assert budget_words("share 0.002, K 64") == "share 0.002, K 64"

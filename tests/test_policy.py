@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsek import SparseKConfig, recommend_k
-from sparsek.policy import Recommendation, Rule, auto_top_k, fixed, on_gpu, resolve
+from sparsek.policy import (
+    NO_LIMIT,
+    Recommendation,
+    Rule,
+    auto_top_k,
+    by_share,
+    fixed,
+    on_gpu,
+    resolve,
+)
 
 from .strategies import examples
 
@@ -71,6 +80,9 @@ def test_auto_follows_the_length_of_the_call() -> None:
 def test_top_k_may_differ_by_layer() -> None:
     config = replace(CONFIG, top_k=(5, 64, "auto", "auto"), dense_layers=(0,))
     assert [resolve(config, 8192, layer=layer).top_k for layer in range(4)] == [8192, 64, 96, 96]
+    rules = [resolve(replace(config, min_share=0.01), 8192, layer=layer) for layer in range(4)]
+    assert [rule.top_k for rule in rules] == [8192, 64, NO_LIMIT, NO_LIMIT]
+    assert [rule.min_share for rule in rules] == [0.0, 0.01, 0.01, 0.01]
 
 
 def test_a_sliding_window_shortens_the_context() -> None:
@@ -79,6 +91,9 @@ def test_a_sliding_window_shortens_the_context() -> None:
     assert resolve(config, 8192, context=512).top_k == 8192  # below min_context: dense
     assert resolve(config, 8192, context=2048).top_k == 48
     assert resolve(config, 2048, context=8192).top_k == 48  # no more than there are
+    shares = replace(config, min_share=0.01)
+    assert resolve(shares, 8192, context=512).keeps_all(8192)
+    assert not resolve(shares, 8192, context=2048).keeps_all(8192)
 
 
 @examples(100)
@@ -86,12 +101,16 @@ def test_a_sliding_window_shortens_the_context() -> None:
     st.tuples(*[st.integers(0, 200)] * 4),
     st.integers(1, 300),
 )
-def test_max_kept_bounds_every_row(fields: tuple[int, int, int, int], num_keys: int) -> None:
+def test_most_kept_bounds_every_row(fields: tuple[int, int, int, int], num_keys: int) -> None:
     top_k, sinks, window, stride = fields
     always = set(range(sinks)) | set(range(num_keys - window, num_keys))
     always |= set(range(0, num_keys, stride)) if stride else set()
     kept = min(num_keys, len(always & set(range(num_keys))) + top_k)
-    assert kept <= Rule(top_k, sinks, window, stride, "none").max_kept(num_keys) <= num_keys
+    rule = Rule(top_k, sinks, window, stride, "none")
+    most = rule.most_kept(num_keys)
+    assert most is not None
+    assert kept <= most <= num_keys
+    assert replace(rule, min_share=0.1).most_kept(num_keys) is None
 
 
 @pytest.mark.parametrize(
@@ -121,6 +140,15 @@ def test_auto_becomes_a_number() -> None:
     assert fixed(SparseKConfig(select="tile"), 8192).top_k == 384
 
 
+def test_a_share_is_no_number() -> None:
+    shares = SparseKConfig(min_share=0.01), SparseKConfig((8, "auto"), min_share=0.01)
+    for config in (*shares, SparseKConfig(64, min_share=0.01)):
+        assert by_share(config, 8192)
+        assert fixed(config, 8192) == config
+    counts = SparseKConfig(), SparseKConfig(64), SparseKConfig((8, "auto"), select="tile")
+    assert not any(by_share(config, 131072) for config in counts)
+
+
 def test_on_a_gpu_lists_of_tiles_are_longer() -> None:
     assert on_gpu(SparseKConfig(top_k=64)) == SparseKConfig(top_k=384, select="tile")
     assert on_gpu(SparseKConfig(top_k=(8, "auto"))).top_k == (48, "auto")
@@ -133,3 +161,21 @@ def test_on_a_gpu_lists_of_tiles_are_longer() -> None:
     assert fixed(SparseKConfig(), 16385, "cuda").top_k == 768
     assert fixed(SparseKConfig(), 32769, "cuda").top_k == 1024
     assert fixed(SparseKConfig(), 8192, "cpu").top_k == 96
+
+
+def test_a_share_is_a_rule_of_its_own_and_a_count_its_limit() -> None:
+    tiles = SparseKConfig(select="tile", dense_layers=(1,))
+    shares = replace(tiles, min_share=0.004)
+    rule = resolve(shares, 8192, layer=0)
+    assert (rule.min_share, rule.top_k, rule.keeps_all(8192)) == (0.004, NO_LIMIT, False)
+    assert rule == resolve(shares, 8193, layer=0)  # nothing in it goes by the number of keys
+    assert resolve(tiles, 8192, layer=1).keeps_all(8192)
+    assert resolve(tiles, 100).keeps_all(100)
+    counted = resolve(replace(tiles, top_k=500), 8192)
+    assert (counted.min_share, counted.top_k) == (0.0, 500)
+    both = resolve(replace(tiles, top_k=500, min_share=0.1), 8192)
+    assert (both.min_share, both.top_k) == (0.1, 500)
+    of_queries = resolve(SparseKConfig(min_share=0.1), 8192)
+    assert (of_queries.min_share, of_queries.top_k, of_queries.tile) == (0.1, NO_LIMIT, 0)
+    many = resolve(SparseKConfig(top_k=9000, min_share=0.1), 8192)
+    assert not many.keeps_all(8192)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
-from sparsek import Selection, SparseKConfig, select
+from sparsek import Selection, SparseKConfig, attention, select, topk_mask
 
 from . import oracle
 from .strategies import Call, Case, cases, examples
@@ -35,6 +37,64 @@ def sparse(top_k: int, **fields: Any) -> SparseKConfig:
 def test_kept_set_is_the_one_of_the_definition(case: Case) -> None:
     call = case.build()
     oracle.assert_kept(call, np.asarray(select(call.q, call.k, **call.options).to_mask()))
+
+
+@examples(150)
+@given(cases(), st.sampled_from((1e-4, 0.01, 0.05, 0.3, 1.0)))
+def test_keys_with_a_share_of_the_softmax(case: Case, share: float) -> None:
+    call = case.build()
+    config = replace(call.config, top_k="auto", min_share=share)
+    call = replace(call, config=config)
+    every = np.asarray(select(call.q, call.k, backend="reference", **call.options).to_mask())
+    oracle.assert_shares(call, every)
+    # A count limits it: the best of these.
+    limited = replace(call, config=replace(config, top_k=3))
+    few = np.asarray(select(call.q, call.k, backend="reference", **limited.options).to_mask())
+    always = _always(limited)
+    assert ((few & always) == always).all()
+    chosen, others = few & ~always, every & ~always
+    assert not (chosen & ~others).any()
+    assert (chosen.sum(-1) == np.minimum(others.sum(-1), 3)).all()
+    for where, row in oracle.rows(call):
+        worst = min((row.scores[j] for j in np.flatnonzero(chosen[where])), default=0)
+        eps = 1e-5 * max(1, row.magnitude)
+        assert all(row.scores[j] <= worst + eps for j in np.flatnonzero((others & ~chosen)[where]))
+
+
+def test_no_row_is_left_without_a_key_by_share() -> None:
+    """No key of a flat row has the share: then the last one is kept."""
+    q, k = np.zeros((1, 1, 300, 8), np.float32), np.ones((1, 1, 300, 8), np.float32)
+    for backend in ("cpu", "reference"):
+        config = replace(SparseKConfig.pure("auto"), min_share=0.5)
+        counts = select(q, k, config=config, is_causal=True, backend=backend).counts
+        assert counts.min() == 1
+        out = attention(q, k, k, config=config, is_causal=True, backend=backend)
+        assert np.allclose(out, k, atol=1e-5)
+
+
+def test_no_keys_at_all() -> None:
+    for config in (SparseKConfig(min_context=0, dense_layers=()), SparseKConfig(4, min_context=0)):
+        q, k = np.ones((1, 2, 3, 8), np.float32), np.ones((1, 1, 0, 8), np.float32)
+        assert not attention(q, k, k, config=config).any()
+        assert select(q, k, config=config).counts.max() == 0
+
+
+def test_the_mask_of_a_softcap_is_what_select_keeps() -> None:
+    generator = np.random.default_rng(0)
+    q, k = (8 * generator.standard_normal((1, 2, 90, 16)).astype(np.float32) for _ in range(2))
+    given = {"config": SparseKConfig(min_share=0.02, min_context=0), "is_causal": True, "softcap": 5.0}
+    mask = topk_mask(q, k, **given)
+    assert np.array_equal(mask == 0, select(q, k, **given).to_mask())
+    without = topk_mask(q, k, **{**given, "softcap": None})
+    assert not np.array_equal(mask, without)
+
+
+def _always(call: Call) -> np.ndarray[Any, Any]:
+    """The keys that are kept whatever their scores are."""
+    found = np.zeros((*call.q.shape[:3], call.k.shape[2]), dtype=bool)
+    for where, row in oracle.rows(call):
+        found[where][list(row.always)] = True
+    return found
 
 
 @examples(100)

@@ -19,8 +19,10 @@ def definition(q: Array, k: Array, v: Array, config: SparseKConfig, mask: Array)
     in it. One tile and one row at a time."""
     group, num_queries, size = q.shape
     num_keys = len(k)
-    top_k, tile = config.top_k, config.tile
+    tile = config.tile
+    top_k = num_keys if config.top_k == "auto" else config.top_k
     assert isinstance(top_k, int)
+    least = math.log(config.min_share) if config.min_share else -math.inf
     kept = np.zeros(mask.shape, dtype=bool)
     scores = q @ k.T / math.sqrt(size)
     positions = np.arange(num_queries) + num_keys - num_queries
@@ -47,6 +49,7 @@ def definition(q: Array, k: Array, v: Array, config: SparseKConfig, mask: Array)
             for j, share in zip(seen, shares, strict=True):
                 if j not in always:
                     best[j] = max(best.get(j, -math.inf), share)
+        best = {j: share for j, share in best.items() if share >= least}
         chosen = always | set(sorted(best, key=lambda j: (-best[j], j))[:top_k])
         for g, i in rows:
             kept[g, i, [j for j in chosen if mask[g, i, j]]] = True
@@ -103,6 +106,9 @@ MASKS = ["none", "left padding", "right padding", "packed", "sliding window", "e
         (70, 333, {"tail": "none", "sinks": 0, "window": 0}),
         (97, 210, {"window": 50, "stride": 7, "tile": 32}),
         (5, 5, {"top_k": 3}),
+        (130, 130, {"top_k": "auto", "min_share": 0.02}),
+        (70, 333, {"top_k": "auto", "min_share": 0.1, "tile": 32, "tail": "none"}),
+        (97, 210, {"top_k": 6, "min_share": 0.05, "window": 20}),
     ],
 )
 def test_the_reference_is_the_definition(
@@ -158,11 +164,16 @@ def test_rows_that_are_computed_in_chunks_are_the_same(monkeypatch: pytest.Monke
     assert torch.equal(select(q, k, config=config, is_causal=True).indices, whole.indices)
 
 
-def test_auto_is_a_list_of_its_own_length() -> None:
-    config = SparseKConfig(select="tile", min_context=0)
-    q, k = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1024, 4)
+@pytest.mark.parametrize(
+    ("num_keys", "share", "listed"),
+    [(1024, 0.0, 384), (1024, 0.004, 0), (192, 0.004, 192 - 4 - 15 - 64)],
+)
+def test_auto_is_a_list_of_its_own_length(num_keys: int, share: float, listed: int) -> None:
+    """Or, where a share is given, by share: each key gets as much, 0.001 of 1024 keys, 0.0052 of 192."""
+    config = SparseKConfig(select="tile", min_context=0, min_share=share)
+    q, k = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, num_keys, 4)
     # The last row sees its whole tile, and the window before that.
-    assert select(q, k, config=config, is_causal=True).counts.item() == 384 + 4 + 15 + 64
+    assert select(q, k, config=config, is_causal=True).counts.item() == listed + 4 + 15 + 64
 
 
 @pytest.mark.parametrize(
@@ -170,6 +181,9 @@ def test_auto_is_a_list_of_its_own_length() -> None:
     [
         ({"select": "block"}, "select = 'block': must be one of 'auto', 'query', 'tile'"),
         ({"tile": 48}, "tile = 48: must be 32 or 64"),
+        ({"min_share": -0.1}, "min_share = -0.1: must be a number from 0 to 1"),
+        ({"min_share": float("nan")}, "min_share = nan: must be a number from 0 to 1"),
+        ({"min_share": 10**400}, "min_share = 10{10}"),
         ({"tile": True}, "tile = True: must be 32 or 64"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -50,10 +52,45 @@ def test_a_wrong_selection_is_caught(
             scores = (p.q[0, 0, -1] * p.k[0, 0]).sum(-1)
             scores[row] = np.inf
             row[scores.argmin()] = True
-        return Selection.from_kept(kept, p.rule.max_kept(p.num_keys))
+        return Selection.from_kept(kept, p.rule.most_kept(p.num_keys))
 
     monkeypatch.setattr(dispatch, "select", select)
     with pytest.raises(VerificationError, match="dropped key is better"):
+        verify(problem, reference.attention(problem))
+
+
+SHARES = SparseKConfig(min_share=0.02, sinks=2, window=3, min_context=0)
+TILES = SparseKConfig(min_share=0.05, sinks=2, window=3, min_context=0, select="tile", tile=32)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SHARES, TILES, replace(SHARES, top_k=3), replace(TILES, top_k=3), replace(TILES, top_k=6, min_share=0)],
+)
+def test_too_many_keys_are_caught(
+    problem: Problem, config: SparseKConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that keeps everything, or forgets the count beside a share, has a right output."""
+    p = make_problem(problem.q, problem.k, problem.v, config=config, is_causal=True)
+    verify(p, reference.attention(p), backend="reference")
+    forgetful = {"top_k": p.num_keys} if config.top_k != "auto" else {"min_share": 0.0}
+
+    def select(part: Problem, _backend: str) -> Selection:
+        return reference.select(replace(part, rule=replace(part.rule, **forgetful)))
+
+    monkeypatch.setattr(dispatch, "select", select)
+    with pytest.raises(VerificationError, match="keys are chosen"):
+        verify(p, reference.attention(replace(p, rule=replace(p.rule, **forgetful))))
+
+
+def test_a_masked_key_is_caught(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    def select(p: Problem, _backend: str) -> Selection:
+        kept = reference.select(p).to_mask()
+        kept[0, 0, 0, -1] = True
+        return Selection.from_kept(kept, None)
+
+    monkeypatch.setattr(dispatch, "select", select)
+    with pytest.raises(VerificationError, match="masked is kept"):
         verify(problem, reference.attention(problem))
 
 

@@ -460,13 +460,13 @@ def study_tune() -> str:
     """What tuning finds."""
     rows = []
     for r in _records("tune.jsonl"):
-        budgets, uniform = r["config"]["top_k"], r["uniform"]
+        uniform = r["uniform"]
         rows.append(
             [
                 r["model"],
                 r["target"],
                 f"{uniform['config']['top_k']}, {uniform['keys']:.0f} keys",
-                f"{budget_range(budgets)}, {r['tuned']['keys']:.0f} keys",
+                f"{budget_range(r['config'])}, {r['tuned']['keys']:.0f} keys",
                 f"{r['saved']:.0%}",
                 f"{r['tuned']['kl']:.4f}",
                 f"{r['held']['kl_mean']:.4f}",

@@ -52,7 +52,7 @@ Mask mask_of(const std::optional<Array>& x) {
 Problem problem_of(const Array& q, const Array& k, const std::optional<Array>& v,
                    const std::optional<Array>& mask, bool is_causal, int64_t first_position, float scale,
                    float softcap, int64_t top_k, int64_t sinks, int64_t window, int64_t stride,
-                   bool centroid_tail) {
+                   bool centroid_tail, float min_share) {
     const auto size = [](const Array& x, size_t axis) { return static_cast<int64_t>(x.shape(axis)); };
     Problem p;
     p.batch = size(q, 0);
@@ -71,7 +71,7 @@ Problem problem_of(const Array& q, const Array& k, const std::optional<Array>& v
     p.first_position = first_position;
     p.scale = scale;
     p.softcap = softcap;
-    p.rule = {top_k, sinks, window, stride, centroid_tail};
+    p.rule = {top_k, sinks, window, stride, centroid_tail, min_share};
     return p;
 }
 
@@ -205,29 +205,33 @@ NB_MODULE(_core, m) {
         [](const Array& q, const Array& k, const Array& v, const OutArray& out,
            const std::optional<Array>& mask, bool is_causal, int64_t first_position, float scale,
            float softcap, int64_t top_k, int64_t sinks, int64_t window, int64_t stride, bool centroid_tail,
-           int threads, SharedIndex* index) {
+           float min_share, int threads, SharedIndex* index) {
             const Problem p = problem_of(q, k, v, mask, is_causal, first_position, scale, softcap, top_k,
-                                         sinks, window, stride, centroid_tail);
+                                         sinks, window, stride, centroid_tail, min_share);
             solve(threads, [&](const Options& options) {
                 return index ? index->attend(p, options, output_of(out))
                              : attention(p, options, output_of(out));
             });
         },
         "q"_a, "k"_a, "v"_a, "out"_a, "mask"_a.none(), "is_causal"_a, "first_position"_a, "scale"_a,
-        "softcap"_a, "top_k"_a, "sinks"_a, "window"_a, "stride"_a, "centroid_tail"_a, "num_threads"_a,
-        "index"_a.none());
+        "softcap"_a, "top_k"_a, "sinks"_a, "window"_a, "stride"_a, "centroid_tail"_a, "min_share"_a,
+        "num_threads"_a, "index"_a.none());
     m.def(
         "select",
-        [](const Array& q, const Array& k, const OutArray& indices, const OutArray& counts,
+        [](const Array& q, const Array& k, const std::optional<OutArray>& indices, const OutArray& counts,
            const std::optional<Array>& mask, bool is_causal, int64_t first_position, float scale,
-           int64_t top_k, int64_t sinks, int64_t window, int64_t stride, int threads) {
-            const Problem p = problem_of(q, k, std::nullopt, mask, is_causal, first_position, scale, 0.0f,
-                                         top_k, sinks, window, stride, false);
+           float softcap, int64_t top_k, int64_t sinks, int64_t window, int64_t stride, float min_share,
+           int64_t whole_queries, int threads) {
+            Problem p = problem_of(q, k, std::nullopt, mask, is_causal, first_position, scale, softcap, top_k,
+                                   sinks, window, stride, false, min_share);
+            p.whole_queries = whole_queries;
             solve(threads, [&](const Options& options) {
-                return select(p, options, static_cast<int64_t>(indices.shape(3)),
-                              static_cast<int32_t*>(indices.data()), static_cast<int32_t*>(counts.data()));
+                return select(p, options, indices ? static_cast<int64_t>(indices->shape(3)) : 0,
+                              indices ? static_cast<int32_t*>(indices->data()) : nullptr,
+                              static_cast<int32_t*>(counts.data()));
             });
         },
-        "q"_a, "k"_a, "indices"_a, "counts"_a, "mask"_a.none(), "is_causal"_a, "first_position"_a, "scale"_a,
-        "top_k"_a, "sinks"_a, "window"_a, "stride"_a, "num_threads"_a);
+        "q"_a, "k"_a, "indices"_a.none(), "counts"_a, "mask"_a.none(), "is_causal"_a, "first_position"_a,
+        "scale"_a, "softcap"_a, "top_k"_a, "sinks"_a, "window"_a, "stride"_a, "min_share"_a,
+        "whole_queries"_a, "num_threads"_a);
 }

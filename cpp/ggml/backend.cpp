@@ -36,7 +36,7 @@ constexpr uint8_t kGuid[16] = {0x73, 0x70, 0x61, 0x72, 0x73, 0x65, 0x6b, 0x21,
                                0x9d, 0x41, 0x4e, 0x0a, 0x6f, 0x17, 0xc2, 0x5b};
 
 // Sees an operation that was computed; `rule`: top_k, sinks, window, stride, 1 for a centroid tail.
-using Observer = void (*)(const Tensor* op, int64_t layer, const int64_t* rule);
+using Observer = void (*)(const Tensor* op, int64_t layer, const int64_t* rule, float min_share);
 
 // The state of the process.
 struct State {
@@ -131,10 +131,10 @@ bool compute(const Tensor* op, const Settings& settings, Stream& stream) {
         return compute_by_host(op);
     }
     const Rule& rule = operation.problem.rule;
-    ++(rule.top_k < operation.problem.num_keys ? state().sparse : state().dense);
+    ++(rule.keeps_all(operation.problem.num_keys) ? state().dense : state().sparse);
     if (const Observer observer = state().observer) {
         const int64_t fields[] = {rule.top_k, rule.sinks, rule.window, rule.stride, rule.centroid_tail};
-        observer(op, layer_of(op), fields);
+        observer(op, layer_of(op), fields, rule.min_share);
     }
     return true;
 }

@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <fstream>
+#include <limits>
+#include <locale>
 #include <sstream>
 #include <stdexcept>
 
@@ -28,6 +30,17 @@ int64_t number(const std::string& field, const std::string& text) {
     const int64_t n = digits ? std::stoll(text) : -1;
     if (n < 0 || n > kMost) refuse(field, "'" + text + "'", "a whole number from 0 to 2147483647");
     return n;
+}
+
+// Whatever the decimal point of the host's language is.
+float share(const std::string& field, const std::string& text) {
+    std::istringstream stream(text);
+    stream.imbue(std::locale::classic());
+    double x = -1.0;
+    stream >> std::noskipws >> x;
+    if (stream.fail() || !stream.eof() || !(x >= 0.0 && x <= 1.0))
+        refuse(field, "'" + text + "'", "a number from 0 to 1");
+    return x > 0.0 ? std::max(static_cast<float>(x), std::numeric_limits<float>::denorm_min()) : 0.0f;
 }
 
 std::vector<std::string> split(const std::string& text) {
@@ -62,10 +75,12 @@ void set(Settings* s, const std::string& field, const std::string& text) {
     } else if (field == "select") {
         if (text != "query" && text != "auto")
             refuse(field, "'" + text + "'", "auto or query in llama.cpp: tiles are for GPUs");
+    } else if (field == "min_share") {
+        s->min_share = share(field, text);
     } else if (field != "check_finite" && field != "tile") {
         throw std::invalid_argument(
             "there is no field '" + field +
-            "': known are top_k, sinks, window, stride, tail, dense_layers, min_context");
+            "': known are top_k, min_share, sinks, window, stride, tail, dense_layers, min_context");
     }
 }
 
@@ -203,14 +218,18 @@ Rule Settings::rule(int64_t layer, int64_t num_keys) const {
     int64_t k = top_k.size() == 1 || layer < 0 ? top_k[0]
                 : of_layer < top_k.size()      ? top_k[of_layer]
                                                : num_keys;
-    if (k == kAuto) {
+    if (k == kAuto && min_share > 0.0f) {
+        k = num_keys;
+    } else if (k == kAuto) {
         const auto steps =
             static_cast<int64_t>(std::nearbyint(std::sqrt(static_cast<double>(num_keys)) / 16));
         k = std::max<int64_t>(32, 16 * steps);
     }
     const bool dense = std::find(dense_layers.begin(), dense_layers.end(), layer) != dense_layers.end();
-    if (dense || num_keys < min_context || k + sinks + window + stride == 0) k = num_keys;
-    return {std::min(k, num_keys), sinks, window, stride, centroid_tail};
+    if (dense || num_keys < min_context || k + sinks + window + stride == 0)
+        return {num_keys, sinks, window, stride, centroid_tail, 0.0f};
+    const int64_t last = min_share > 0.0f ? 1 : 0;  // no key may have the share
+    return {std::min(k, num_keys), sinks, std::max(window, last), stride, centroid_tail, min_share};
 }
 
 Settings settings_from_json(const std::string& text, Settings s) {
@@ -229,7 +248,8 @@ Settings settings_from_environment() {
         }
     }
     std::vector<std::string> known = {"SPARSEK_CONFIG", "SPARSEK_ISA", "SPARSEK_NUM_THREADS"};
-    for (const char* field : {"top_k", "sinks", "window", "stride", "tail", "dense_layers", "min_context"}) {
+    for (const char* field :
+         {"top_k", "min_share", "sinks", "window", "stride", "tail", "dense_layers", "min_context"}) {
         std::string variable = "SPARSEK_";
         for (const char* c = field; *c; ++c)
             variable += static_cast<char>(std::toupper(static_cast<unsigned char>(*c)));

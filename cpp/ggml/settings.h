@@ -14,6 +14,7 @@ struct Settings {
     static constexpr int64_t kAuto = -1;
 
     std::vector<int64_t> top_k{kAuto};  // one for all layers, or one per layer; 0 for all: dense attention
+    float min_share = 0.0f;
     int64_t sinks = 4;
     int64_t window = 16;
     int64_t stride = 0;
@@ -31,9 +32,9 @@ struct Settings {
 // field, what was given and what is allowed.
 Settings settings_from_json(const std::string& text, Settings defaults);
 
-// SPARSEK_CONFIG (a JSON file), then SPARSEK_TOP_K, SPARSEK_SINKS, SPARSEK_WINDOW, SPARSEK_STRIDE,
-// SPARSEK_TAIL, SPARSEK_DENSE_LAYERS and SPARSEK_MIN_CONTEXT on top of it. Throws as settings_from_json does,
-// and at any other SPARSEK_ variable that is not of Kubernetes or Docker.
+// SPARSEK_CONFIG (a JSON file), then SPARSEK_TOP_K, SPARSEK_MIN_SHARE, SPARSEK_SINKS, SPARSEK_WINDOW,
+// SPARSEK_STRIDE, SPARSEK_TAIL, SPARSEK_DENSE_LAYERS and SPARSEK_MIN_CONTEXT on top of it. Throws as
+// settings_from_json does, and at any other SPARSEK_ variable that is not of Kubernetes or Docker.
 Settings settings_from_environment();
 
 }  // namespace sparsek::ggml

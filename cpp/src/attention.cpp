@@ -2,6 +2,7 @@
 
 #include "sparsek/attention.h"
 
+#include <algorithm>
 #include <atomic>
 #include <optional>
 #include <vector>
@@ -99,7 +100,7 @@ bool sparse_in_pieces(const Problem& p, const Options& options, const KeyIndex& 
 bool sparse(const Problem& p, const Options& options, KeyIndex* given, const Output& out,
             const SelectionOut* selection) {
     std::optional<KeyIndex> own;
-    if (given == nullptr) own.emplace(p, p.rule.centroid_tail, options.isa);
+    if (given == nullptr) own.emplace(p, p.rule.wants_means(), options.isa);
     KeyIndex& index = given ? *given : *own;
     if (!index.extend(p, options)) return false;
 
@@ -123,7 +124,7 @@ bool few_rows(const Problem& p, const Options& options, ValueMeans* given, const
     const Kernel& kernel = kernel_for(options.isa);
     const int64_t blocks = blocks_of(p.num_keys), pieces = (blocks + kBlocksPerPiece - 1) / kBlocksPerPiece;
     const int64_t heads = p.batch * p.kv_heads, rows = p.heads / p.kv_heads * p.num_queries;
-    const bool tail = p.rule.centroid_tail && p.rule.top_k < p.num_keys && selection == nullptr;
+    const bool tail = p.rule.centroid_tail && !p.rule.keeps_all(p.num_keys) && selection == nullptr;
     ValueMeans own;
     ValueMeans& kept = given ? *given : own;
     if (tail) kept.prepare(p);
@@ -192,8 +193,9 @@ Status solve(const Problem& given, const Options& options, const Output& out, Ke
     Problem p;
     const Status status = with_mask_in_bits(given, options, &memory, &p);
     if (status != Status::done) return status;
-    const bool all = p.rule.top_k >= p.num_keys && selection == nullptr;
-    const bool few = index == nullptr && p.heads / p.kv_heads * p.num_queries <= kFewRows;
+    const bool all = p.rule.keeps_all(p.num_keys) && selection == nullptr;
+    const int64_t queries = std::max(p.num_queries, p.whole_queries);
+    const bool few = index == nullptr && p.heads / p.kv_heads * queries <= kFewRows;
     const bool done = few   ? few_rows(p, options, means, out, selection)
                       : all ? dense(p, options, out)
                             : sparse(p, options, index, out, selection);
@@ -211,6 +213,7 @@ Status select(const Problem& p, const Options& options, int64_t width, int32_t* 
     const SelectionOut selection = {width, indices, counts};
     Problem without_values = p;
     without_values.rule.centroid_tail = false;
+    without_values.value_size = 0;
     return solve(without_values, options, {}, nullptr, nullptr, &selection);
 }
 

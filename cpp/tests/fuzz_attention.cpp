@@ -61,6 +61,8 @@ struct Case {
         p.rule.window = bytes.up_to(1) ? 0 : bytes.up_to(100);
         p.rule.stride = bytes.up_to(2) ? 0 : bytes.up_to(9);
         p.rule.centroid_tail = bytes.up_to(1) != 0;
+        // Of no whole number of keys: equal scores would have just that share.
+        p.rule.min_share = bytes.up_to(1) ? 0.0f : 1.0f / (1.37f + static_cast<float>(bytes.up_to(1000)));
         const int64_t largest = bytes.up_to(1) ? 3 : 0;  // 0: everything ties
         const int64_t outlier = bytes.up_to(3) ? 0 : 50;
         std::mt19937 random(static_cast<uint32_t>(bytes.up_to(65535)));
@@ -173,7 +175,7 @@ void try_bytes(const uint8_t* data, size_t size) {
         CHECK(index.extend(shorter, options));
         index.truncate(c.p.num_keys / 3);
         check_same(c, solve(c, isa, 3, &index), expected);
-        CHECK(c.p.rule.top_k >= c.p.num_keys || c.p.batch * c.p.num_queries == 0 ||
+        CHECK(c.p.rule.keeps_all(c.p.num_keys) || c.p.batch * c.p.num_queries == 0 ||
               index.length() == c.p.num_keys);
     }
 }

@@ -55,10 +55,12 @@ def attention(
     window: int,
     stride: int,
     centroid_tail: bool,
+    min_share: float,
     num_threads: int,
     index: KeyIndex | None,
 ) -> None:
-    """Sparse-K attention into `out`; dense where `top_k` is the number of keys. Nothing is checked.
+    """Sparse-K attention into `out`; dense where `top_k` is the number of keys and `min_share` is 0.
+    Nothing is checked.
 
     q [B, H, Tq, D], k [B, Hkv, Tk, D], v [B, Hkv, Tk, Dv] of one dtype (float32, float16, bfloat16) with
     their last axis contiguous; out [B, H, Tq, Dv] likewise; mask bytes [1|B, 1|H, 1|Tq, 1|Tk], nonzero =
@@ -70,17 +72,21 @@ def select(
     *,
     q: Any,
     k: Any,
-    indices: Any,
+    indices: Any | None,
     counts: Any,
     mask: Any | None,
     is_causal: bool,
     first_position: int,
     scale: float,
+    softcap: float,
     top_k: int,
     sinks: int,
     window: int,
     stride: int,
+    min_share: float,
+    whole_queries: int,
     num_threads: int,
 ) -> None:
     """The kept keys of every row: int32 `indices` [B, H, Tq, width], padded with -1, and their `counts`
-    [B, H, Tq]."""
+    [B, H, Tq], which are all that is wanted where `indices` is None. `whole_queries`: of the call of which
+    this is a part."""

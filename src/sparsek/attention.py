@@ -98,6 +98,7 @@ def topk_mask(
     attn_mask: Array | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
     layer: int | None = None,
 ) -> Array:
     """The additive mask of the kept set, for any attention that takes a mask.
@@ -106,12 +107,18 @@ def topk_mask(
     `attn_mask` is floating, its value. Use it without `is_causal`: the causal rule is in it already. This is
     Tq x Tk memory, and the centroid tail cannot be expressed by it.
     """
-    problem = make_problem(
-        q, k, NO_VALUES, config=config, attn_mask=attn_mask, is_causal=is_causal, scale=scale, layer=layer
-    )
-    kept = dispatch.select(problem).to_mask()
+    kept = select(
+        q,
+        k,
+        config=config,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        softcap=softcap,
+        layer=layer,
+    ).to_mask()
     xp = arrays.namespace(q)
     bias = arrays.full((), 0, q.dtype, q)
-    if problem.mask is not None and problem.mask.dtype != xp.bool:
-        bias = arrays.narrow(problem.mask, q.dtype)
+    if attn_mask is not None and attn_mask.dtype != xp.bool:
+        bias = arrays.narrow(attn_mask, q.dtype)
     return xp.where(kept, bias, arrays.full((), float("-inf"), q.dtype, q))

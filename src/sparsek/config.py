@@ -7,8 +7,11 @@ that a kernel needs for one layer and one context length.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any, Final, Literal, get_args
 
 TopK = int | Literal["auto"]
@@ -27,9 +30,12 @@ class SparseKConfig:
     """What each query keeps: its `top_k` best keys, a few keys it always keeps, and a summary of the rest.
 
     Args:
-        top_k: keys kept per query by score, outside the always-kept ones; "auto" is about sqrt(context),
-            for the lists of tiles 384 up to 8192 tokens, 512 up to 16,384, 768 up to 32,768 and 1024 beyond;
-            a tuple gives one value per layer.
+        top_k: the most keys kept per query by score, outside the always-kept ones; a tuple gives one value
+            per layer. "auto" is about sqrt(context); for the lists of tiles 384 up to 8192 tokens, 512 up to
+            16,384, 768 up to 32,768 and 1024 beyond. With `min_share` it is no limit.
+        min_share: keep only keys that get at least this share of the query's softmax over all allowed keys,
+            up to 1, and the last allowed position; a larger share keeps fewer. With tiles those that some
+            query of the tile gives so much. 0: `top_k` alone says what is kept.
         sinks: allowed keys among the first `sinks` positions are always kept.
         window: the last `window` allowed positions up to the query's own are always kept.
         stride: positions that are multiples of `stride` are always kept; 0 keeps none.
@@ -39,8 +45,8 @@ class SparseKConfig:
         check_finite: look for NaN and infinity in the inputs, and fail if there are any.
         select: "query" chooses the `top_k` keys for each query alone; "tile" one list of `top_k` keys for a
             tile of neighbouring queries and all heads that share a key head, which GPUs are fast at. "auto"
-            is "query" on the CPU. On a GPU it is "tile", with lists of 6 x `top_k` keys (up to 2048), where
-            that is faster than dense attention, and elsewhere dense attention.
+            is "query" on the CPU. On a GPU it is "tile", with lists of 6 x `top_k` keys (up to 2048) where
+            `top_k` is a number, if that is faster than dense attention, and elsewhere dense attention.
         tile: queries of a tile, 32 or 64. The positions of a tile are always kept by its queries.
 
     Raises:
@@ -58,6 +64,7 @@ class SparseKConfig:
     check_finite: bool = False
     select: Select = "auto"
     tile: int = 64
+    min_share: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "top_k", _checked_top_k(self.top_k))
@@ -69,6 +76,7 @@ class SparseKConfig:
             raise ValueError(f"select = {self.select!r}: must be one of {', '.join(map(repr, _SELECTS))}")
         if self.tile not in _TILES or isinstance(self.tile, bool):
             raise ValueError(f"tile = {self.tile!r}: must be 32 or 64")
+        object.__setattr__(self, "min_share", _checked_share(self.min_share))
         object.__setattr__(self, "dense_layers", _checked_layers(self.dense_layers))
         if not isinstance(self.check_finite, bool):
             raise TypeError(f"check_finite = {self.check_finite!r}: must be True or False")
@@ -125,13 +133,15 @@ class SparseKConfig:
         return cls.from_dict(values)
 
     def to_gguf_metadata(self) -> dict[str, str | int]:
-        """The `sparsek.*` keys that a GGUF file carries. Lists are written as comma lists, like on the
-        command line, so that every GGUF viewer shows them and an empty one can be stored."""
+        """The `sparsek.*` keys that a GGUF file carries. Lists are comma lists and shares are decimal
+        numbers, like on the command line, so that every viewer shows them and an empty list can be stored."""
         metadata: dict[str, str | int] = {}
         for name, value in self.to_dict().items():
             if name == "check_finite":  # how to run, not what the model wants
                 continue
-            metadata[_GGUF_PREFIX + name] = _comma_list(value) if isinstance(value, list) else value
+            if isinstance(value, list):
+                value = _comma_list(value)
+            metadata[_GGUF_PREFIX + name] = repr(value) if isinstance(value, float) else value
         return metadata
 
     @classmethod
@@ -150,6 +160,8 @@ class SparseKConfig:
             values["top_k"] = parse_top_k(values["top_k"])
         if isinstance(values.get("dense_layers"), str):
             values["dense_layers"] = parse_layers(values["dense_layers"])
+        if isinstance(values.get("min_share"), str):
+            values["min_share"] = parse_share(values["min_share"])
         return cls.from_dict(values)
 
 
@@ -167,6 +179,13 @@ def parse_layers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.removesuffix(",").split(","))
     except ValueError:
         raise ValueError(f"dense_layers = {text!r}: must be layer numbers like 0,1 or none") from None
+
+
+def parse_share(text: str) -> float:
+    """A share of the softmax, like "0.002"."""
+    if re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text, re.ASCII | re.IGNORECASE) is None:
+        raise ValueError(f"min_share = {text!r}: must be a number from 0 to 1")
+    return float(text)
 
 
 def _comma_list(values: list[Any]) -> str:
@@ -208,6 +227,18 @@ def _checked_int(name: str, value: Any) -> int:
     return number
 
 
+def _checked_share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"min_share = {value!r}: must be a number from 0 to 1")
+    try:
+        share = float(value)
+    except OverflowError:
+        share = math.inf
+    if not 0 <= share <= 1:
+        raise ValueError(f"min_share = {value!r}: must be a number from 0 to 1")
+    return share
+
+
 def _checked_layers(value: Any) -> tuple[int, ...]:
     if not isinstance(value, (tuple, list, set, frozenset, range)):
         raise TypeError(f"dense_layers = {value!r}: must be a tuple of layer numbers, like (0, 1)")
@@ -215,18 +246,32 @@ def _checked_layers(value: Any) -> tuple[int, ...]:
 
 
 def budget_name(config: SparseKConfig | None) -> int | str:
-    """K as records have it; None is an engine's own dense attention, 0."""
+    """K as records have it, or the share and K beside it; None is an engine's own dense attention, 0."""
     if config is None:
         return 0
-    return "per layer" if isinstance(config.top_k, tuple) else config.top_k
+    budget: int | str = "per layer" if isinstance(config.top_k, tuple) else config.top_k
+    return _with_share(budget, config.min_share) if config.min_share else budget
 
 
-def budget_range(top_k: Any) -> str:
-    """K for people: where it is given per layer, from the smallest to the largest. "auto" counts as least."""
-    if not isinstance(top_k, (tuple, list)):
-        return str(top_k)
-    ordered = sorted(top_k, key=lambda k: -1 if k == "auto" else k)
-    return f"{ordered[0]} to {ordered[-1]}"
+def budget_words(name: int | str) -> str:
+    """What `budget_name` or `budget_range` gave, in a sentence: "K = 64", "share 0.002, K 64"."""
+    return str(name) if str(name).startswith("share") else f"K = {name}"
+
+
+def _with_share(budget: int | str, share: float) -> str:
+    if not share:
+        return str(budget)
+    return f"share {share:g}" if budget == "auto" else f"share {share:g}, K {budget}"
+
+
+def budget_range(config: Mapping[str, Any]) -> str:
+    """K of a configuration's fields, for people: where it is given per layer, from the smallest to the
+    largest, "auto" as the least; with the share beside it or in its place."""
+    top_k, share = config.get("top_k", "auto"), config.get("min_share", 0.0)
+    if isinstance(top_k, (tuple, list)):
+        ordered = sorted(top_k, key=lambda k: -1 if k == "auto" else k)
+        top_k = f"{ordered[0]} to {ordered[-1]}"
+    return _with_share(top_k, share)
 
 
 # An engine with it runs as it does without us, and its attention can be observed.

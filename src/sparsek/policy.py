@@ -14,6 +14,7 @@ AUTO_STEP = 16
 AUTO_MIN = 32
 # One list for a tile: up to so many tokens, so many keys.
 _AUTO_LISTS = ((8192, 384), (16384, 512), (32768, 768), (math.inf, 1024))
+NO_LIMIT = 2**31 - 1  # of a count
 _LIST_PER_K = 6  # about as good as K for each query: docs/choosing-k.md
 _LONGEST_LIST = 2048  # that the GPU kernels take
 _MAX_CONTEXT = 2**53  # what a float counts exactly
@@ -21,9 +22,9 @@ _MAX_CONTEXT = 2**53  # what a float counts exactly
 
 @dataclass(frozen=True)
 class Rule:
-    """What a kernel is told for one call. `top_k >= Tk` means: keep every allowed key (dense attention).
-    `tile`: queries that share one list of keys; 0 where each has its own. `or_dense`: dense attention will do
-    where that is faster."""
+    """What a kernel is told for one call. `top_k >= Tk` without `min_share` means: keep every allowed key
+    (dense attention). `tile`: queries that share one list of keys; 0 where each has its own. `or_dense`:
+    dense attention will do where that is faster."""
 
     top_k: int
     sinks: int
@@ -32,12 +33,19 @@ class Rule:
     tail: Tail
     tile: int = 0
     or_dense: bool = False
+    min_share: float = 0.0
 
     def keeps_all(self, num_keys: int) -> bool:
-        return self.top_k >= num_keys
+        return self.top_k >= num_keys and not self.min_share
 
-    def max_kept(self, num_keys: int) -> int:
-        """The most keys that one row can keep, of `num_keys`."""
+    def dense(self, num_keys: int) -> Rule:
+        """The rule that keeps everything."""
+        return replace(self, top_k=num_keys, min_share=0.0, or_dense=False)
+
+    def most_kept(self, num_keys: int) -> int | None:
+        """The most keys that one row can keep, of `num_keys`; None by share: the scores say."""
+        if self.min_share:
+            return None
         strided = -(-num_keys // self.stride) if self.stride else 0
         return min(num_keys, self.top_k + self.sinks + self.window + self.tile + strided)
 
@@ -66,12 +74,13 @@ def resolve(
                 f"layer = {layer!r} must be one of 0 to {len(budget) - 1}"
             )
         budget = budget[layer]
-    if budget == "auto":
-        budget = _auto(config, context)
-    if context < config.min_context or layer in config.dense_layers:
-        budget = num_keys
     tile = config.tile if config.select == "tile" else 0
-    return Rule(min(budget, num_keys), config.sinks, config.window, config.stride, config.tail, tile)
+    budget, share = _auto(config, context) if budget == "auto" else (budget, config.min_share)
+    top_k = NO_LIMIT if share and budget == NO_LIMIT else min(budget, num_keys)
+    window = max(config.window, 1) if share else config.window  # no key may have the share
+    rule = Rule(top_k, config.sinks, window, config.stride, config.tail, tile, min_share=share)
+    is_dense = context < config.min_context or layer in config.dense_layers
+    return rule.dense(num_keys) if is_dense else rule
 
 
 @lru_cache(maxsize=64)
@@ -94,12 +103,20 @@ def on_cpu(config: SparseKConfig) -> SparseKConfig:
     return replace(config, select="query") if config.select == "auto" else config
 
 
+def on_device(config: SparseKConfig, device: str) -> SparseKConfig:
+    """What a configuration means on "cpu" or "cuda": who chooses keys is settled, and the length of lists."""
+    return on_gpu(config) if device == "cuda" else on_cpu(config)
+
+
 def fixed(config: SparseKConfig, context_length: int, device: str = "cpu") -> SparseKConfig:
-    """`config` with numbers for "auto", as they are at this context and on this device, "cpu" or "cuda"."""
+    """`config` with numbers for "auto", as they are at this context and on this device, "cpu" or "cuda"; it
+    stays "auto" where that is by share."""
     config = on_gpu(config) if device == "cuda" else config
+    if by_share(config, context_length):
+        return config
 
     def number(budget: TopK) -> TopK:
-        return _auto(config, context_length) if budget == "auto" else budget
+        return _auto(config, context_length)[0] if budget == "auto" else budget
 
     budgets = config.top_k
     return replace(
@@ -107,18 +124,30 @@ def fixed(config: SparseKConfig, context_length: int, device: str = "cpu") -> Sp
     )
 
 
-def _auto(config: SparseKConfig, context_length: int) -> int:
-    return auto_list(context_length) if config.select == "tile" else auto_top_k(context_length)
+def by_share(config: SparseKConfig, context_length: int) -> bool:
+    """Whether how many keys a row keeps depends on the scores, in some layer. Of a configuration as it is on
+    its device."""
+    budgets = config.top_k if isinstance(config.top_k, tuple) else (config.top_k,)
+    return config.min_share > 0 or ("auto" in budgets and _auto(config, context_length)[1] > 0)
 
 
-def auto_top_k(context_length: int) -> int:
-    """About sqrt(N): the nearest multiple of 16, and at least 32."""
-    return max(AUTO_MIN, AUTO_STEP * round(math.sqrt(context_length) / AUTO_STEP))
+def _auto(config: SparseKConfig, context_length: int) -> tuple[int, float]:
+    """The most keys that "auto" keeps, and the share that they must have."""
+    if config.min_share:
+        return NO_LIMIT, config.min_share
+    if config.select != "tile":
+        return auto_top_k(context_length), 0.0
+    return auto_list(context_length), 0.0
 
 
 def auto_list(context_length: int) -> int:
     """Keys of the list of a tile."""
     return next(keys for tokens, keys in _AUTO_LISTS if context_length <= tokens)
+
+
+def auto_top_k(context_length: int) -> int:
+    """About sqrt(N): the nearest multiple of 16, and at least 32."""
+    return max(AUTO_MIN, AUTO_STEP * round(math.sqrt(context_length) / AUTO_STEP))
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ class Selection:
     num_keys: int
 
     @classmethod
-    def from_kept(cls, kept: Array, width: int) -> Selection:
-        """From a boolean matrix [B, H, Tq, Tk]; M is `width`, or more where a row has more true elements."""
+    def from_kept(cls, kept: Array, width: int | None) -> Selection:
+        """From a boolean matrix [B, H, Tq, Tk]; M is `width`, or the most true elements of a row where that
+        is more or `width` is None."""
         xp = arrays.namespace(kept)
         flat = kept.reshape(math.prod(kept.shape[:-1]), kept.shape[-1])
         counts = xp.sum(flat, -1)
-        width = max(width, int(counts.max()) if counts.shape[0] else 0)
+        width = max(width or 0, int(counts.max()) if counts.shape[0] else 0)
         row, column = arrays.nonzero(flat)
         starts = xp.cumsum(counts, 0) - counts
         indices = arrays.full((flat.shape[0], width), -1, xp.int32, kept)

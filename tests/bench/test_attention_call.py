@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sparsek import SparseKConfig
-from sparsek.bench.attention_call import AttentionRecord, bench_attention, random_inputs
+from sparsek.bench.attention_call import AttentionRecord, bench_attention
+from sparsek.bench.inputs import random_inputs
 
 RECORDS = Path(__file__).parents[2] / "benchmarks"
 
@@ -31,7 +32,8 @@ def test_random_inputs_have_a_batch_and_a_seed() -> None:
 
 def test_a_baseline_that_is_unknown_or_for_another_device_is_an_error() -> None:
     inputs = random_inputs(tokens=6, queries=6, heads=1, kv_heads=1, head_dim=8)
-    for baseline, message in {"fastest": "must be one of 'sdpa'", "flex": "needs a CUDA device"}.items():
+    messages = {"fastest": "must be one of 'sdpa'", "flex": "needs a CUDA device"}
+    for baseline, message in messages.items():
         with pytest.raises(ValueError, match=message):
             bench_attention(inputs, SparseKConfig.pure(2), baseline=baseline, threads=1, repetitions=1)
 
@@ -53,6 +55,8 @@ def test_a_record_on_cuda(queries: int) -> None:
     record = bench_attention(inputs, config, index=queries == 1, threads=1, repetitions=2)
     assert (record.device, record.batch, record.timing) == ("cuda", 2, "graph")
     assert record.baseline in ("cudnn", "flash")
+    assert record.kept is not None
+    assert 64 < record.kept < 4096
     inputs_mib = sum(x.nbytes for x in (inputs.q, inputs.k, inputs.v)) / 2**20
     assert record.peak_mib is not None
     assert record.baseline_peak_mib is not None

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparsek import SparseKConfig
-from sparsek.bench.attention_call import random_inputs
 from sparsek.bench.baselines import BASELINES, flex_mask
+from sparsek.bench.inputs import random_inputs
 from sparsek.kernels import reference
 from sparsek.problem import Problem, make_problem
 
@@ -38,7 +38,7 @@ def test_dense_baselines_are_dense_attention(name: str, queries: int, tokens: in
 @pytest.mark.parametrize(("queries", "tokens"), SHAPES)
 def test_flex_attends_to_as_many_keys_in_blocks_of_the_past(queries: int, tokens: int) -> None:
     config = SparseKConfig(select="tile", top_k=200, min_context=0)  # 284 keys: three blocks
-    mask = flex_mask(problem(queries, tokens, config))
+    mask = flex_mask(problem(queries, tokens, config), 284)
     assert mask.shape == (1, 1, queries, tokens)
     blocks = mask.to_dense()[0, 0].bool()
     first = tokens - queries
@@ -51,7 +51,7 @@ def test_flex_attends_to_as_many_keys_in_blocks_of_the_past(queries: int, tokens
 
 
 def test_flex_of_all_keys_is_dense() -> None:
-    blocks = flex_mask(problem(1024, 1024, KEEP_ALL)).to_dense()[0, 0]
+    blocks = flex_mask(problem(1024, 1024, KEEP_ALL), 1024).to_dense()[0, 0]
     assert torch.equal(blocks, torch.ones(8, 8, dtype=blocks.dtype).tril())
 
 

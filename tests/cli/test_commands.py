@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sparsek import SparseKConfig, __version__, policy
-from sparsek.bench import attention_call
+from sparsek.bench import inputs
 from sparsek.bench.attention_call import AttentionRecord
 from sparsek.bench.model import BenchRecord
 from sparsek.cli import COMMANDS, main
@@ -173,10 +173,25 @@ def test_bench_attention_on_cuda_is_in_bfloat16(
         raise ValueError(f"{given['dtype']} on {given['device']}")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(attention_call, "random_inputs", stop)
+    monkeypatch.setattr(inputs, "random_inputs", stop)
     call = ["bench-attention", "--device", "cuda"]
     assert sparsek_fails(*call) == "sparsek: bfloat16 on cuda"
     assert sparsek_fails(*call, "--dtype", "float16") == "sparsek: float16 on cuda"
+
+
+def test_a_k_with_a_point_is_a_share(sparsek: Sparsek, sparsek_fails: Sparsek) -> None:
+    call = ["bench-attention", "--tokens", "200", "-r", "1", "--heads", "3", "--baseline", "none", *SPARSE]
+    by_k, by_option = (
+        json.loads(sparsek(*call, *given, "-o", "json"))[0]
+        for given in (["-k", "0.01"], ["--min-share", "0.01"])
+    )
+    assert by_k["config"] == by_option["config"]
+    assert (by_k["config"]["top_k"], by_k["min_share"]) == ("auto", 0.01)
+    assert by_k["kept"] == by_option["kept"] < 200
+    assert "| share 0.01 |" in sparsek(*call, "-k", "0.01")
+    both = json.loads(sparsek(*call, "-k", "8", "--min-share", "0.01", "-o", "json"))[0]
+    assert (both["top_k"], both["min_share"]) == (8, 0.01)
+    assert "a share of the softmax like 0.002" in sparsek_fails(*call, "-k", "1.5")
 
 
 def test_output_formats_agree(sparsek: Sparsek) -> None:
@@ -222,6 +237,14 @@ def test_records_say_what_auto_was(sparsek: Sparsek, monkeypatch: pytest.MonkeyP
         (record,) = json.loads(sparsek(*command, "-k", "auto", *SPARSE, "-o", "json"))
         assert (record["top_k"], record["top_k_used"]) == ("auto", 40)
         assert "| auto (40) " in sparsek(*command, "-k", "auto", *SPARSE)
+
+
+@pytest.mark.model
+def test_a_share_is_no_number_in_records(sparsek: Sparsek) -> None:
+    for command in (["eval", "--context", "64"], ["bench", "-p", "16", "-n", "0", "-r", "1"]):
+        (record,) = json.loads(sparsek(*command, "-k", "0.01", *SPARSE, "-o", "json"))
+        assert (record["top_k"], record["top_k_used"]) == ("share 0.01", None)
+        assert "| share 0.01 |" in sparsek(*command, "-k", "0.01", *SPARSE)
 
 
 @pytest.mark.model
@@ -290,6 +313,7 @@ def test_a_result_is_as_exact_with_an_index(sparsek: Sparsek) -> None:
     assert (with_index["index"], without["index"]) == (True, False)
     assert 0 < with_index["max_abs_err"] < 1e-5
     assert 0 < without["max_abs_err"] < 1e-5
+    assert with_index["kept"] == without["kept"]
 
 
 @pytest.mark.model

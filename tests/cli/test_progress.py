@@ -45,6 +45,6 @@ def test_tune_says_each_point_that_it_measures(tmp_path: Path, capsys: pytest.Ca
     assert [line.split(",")[0].split(" of ")[0] for line in lines] == [
         f"tune: {i}" for i in range(1, len(lines) + 1)
     ]
-    first = r"tune: 1 of \d+, 0:00:\d\d, one K, K \d+: \d+ keys, KL \d\.\d{4} ± \d\.\d{4}"
+    first = r"tune: 1 of \d+, 0:00:\d\d, one K, K = \d+: \d+ keys, KL \d\.\d{4} ± \d\.\d{4}"
     assert re.fullmatch(first, lines[0])
-    assert any(", layer 1 alone, K 8: " in line for line in lines)
+    assert any(", layer 1 alone, K = 8: " in line for line in lines)

@@ -6,8 +6,13 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+import torch
+
 from sparsek import SparseKConfig
 from sparsek.evaluate import for_report
+from sparsek.evaluate.kept_keys import KeptObserver
+from sparsek.kernels import dispatch
+from sparsek.problem import make_problem
 
 
 def kept_by(config: SparseKConfig, tokens: int, top_k: int) -> int:
@@ -48,6 +53,31 @@ def test_dense_layers_pay_for_every_key() -> None:
     expected = (128 * 129 / 2 + kept_by(config, 128, 8)) / (2 * 128)
     assert for_report.mean_keys(record) == pytest.approx(expected)
     assert for_report.mean_keys({**record, "config": replace(config, dense_layers=()).to_dict()}) < expected
+
+
+def test_by_share_keys_are_those_of_the_record() -> None:
+    config = SparseKConfig(min_share=0.01, min_context=0)
+    record = {"config": config.to_dict(), "context": 128, "mass": [None, [0.9]], "kept": [None, 30.0]}
+    assert for_report.mean_keys(record) == pytest.approx((129 / 2 + 30) / 2)
+
+
+def test_by_share_costs_are_what_was_observed() -> None:
+    """Of two layers the first is dense; in the other a row keeps what the kernel says."""
+    config = SparseKConfig(min_share=0.02, sinks=1, window=4, min_context=200)
+    q, k = torch.randn(1, 2, 300, 16), torch.randn(1, 1, 300, 16)
+    p = make_problem(q, k, k, config=replace(config, min_context=0), is_causal=True)
+    kept = KeptObserver()
+    kept(1, p, None)
+    kept(0, p.with_rule(p.rule.dense(300)), None)
+    assert kept.layers == [1]
+    costs = for_report.costs(config, num_layers=2, num_heads=2, context_length=300, kept=kept)
+    assert costs.lengths == (128, 256, 300)
+    counts = dispatch.select(p).counts.float().mean(1)[0].cumsum(0)
+    full = [n * (n + 1) // 2 for n in costs.lengths]
+    assert costs.layer_sparse[0] == full[0]  # shorter than min_context
+    for i, n in ((1, 256), (2, 300)):
+        assert costs.layer_sparse[i] == pytest.approx(float(counts[n - 1]), rel=0.1)
+        assert costs.model_sparse[i] == pytest.approx(2 * (full[i] + costs.layer_sparse[i]), abs=2)
 
 
 def test_runs_counts_the_steps() -> None:

@@ -73,6 +73,20 @@ def test_finds_fewer_keys_than_one_k_and_resumes(engine: Engine, tmp_path: Path)
 
 
 @pytest.mark.model
+def test_shares_are_tried_and_their_keys_counted(engine: Engine) -> None:
+    made = tuner(engine, Target(max_kl=0.02))
+    point = made._one_share()
+    assert point.kl <= 0.02
+    config = SparseKConfig.from_dict(point.config)
+    assert (config.top_k, config.min_share > 0) == ("auto", True)
+    tokens = engine.encode(read_text(None)[1])
+    record = evaluate(engine, [config], Windows(tokens, CONTEXT), text_name="x")[0]
+    dense = (CONTEXT + 1) / 2
+    kept = [dense if keys is None else keys for keys in record.kept]
+    assert point.keys == pytest.approx(sum(kept) / len(kept), rel=0.1)
+
+
+@pytest.mark.model
 def test_an_impossible_target_names_the_best_that_was_found(engine: Engine) -> None:
     with pytest.raises(ValueError, match=r"no configuration reaches speed-up >= 1000; the best found is \d"):
         tuner(engine, Target(min_speedup=1000)).tune()

@@ -19,6 +19,7 @@ from sparsek import SparseKConfig, attention
 from sparsek.engines import llama_api
 from sparsek.integrations import llama_cpp as integration
 from sparsek.integrations.llama_cpp import Tensor
+from sparsek.policy import auto_top_k
 
 F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8
 PACKED = {n: GGMLQuantizationType(n) for n in (Q4_0, Q8_0)}
@@ -209,6 +210,29 @@ def test_sparse_is_the_reference(host: ctypes.CDLL, shape: Shape, tail: Any) -> 
     assert relative_error(got, sparse(operation, config)) < 1e-4
 
 
+@pytest.mark.parametrize("shape", [*PREFILL, *DECODE], ids=str)
+def test_shares_are_those_of_the_kernel(host: ctypes.CDLL, shape: Shape) -> None:
+    config = SparseKConfig(min_share=0.0123, sinks=3, window=20, dense_layers=(), min_context=0)
+    integration.configure(config)
+    before = integration.counts()
+    operation = Operation(host, shape)
+    rules = []
+    with integration.observed(lambda _layer, problem, _out: rules.append(problem.rule)):
+        got = operation.compute("SPARSEK")
+    assert integration.counts().sparse == before.sparse + 1
+    assert [rule.min_share for rule in rules[-1:]] == [pytest.approx(0.0123)]
+    assert relative_error(got, sparse(operation, config, "cpu")) < 1e-4
+
+
+def test_auto_is_the_count_that_it_is_elsewhere(host: ctypes.CDLL) -> None:
+    integration.configure(SparseKConfig(dense_layers=(), min_context=0))
+    problems: list[Any] = []
+    with integration.observed(lambda _layer, problem, _out: problems.append(problem)):
+        Operation(host, PREFILL[0]).compute("SPARSEK")
+    (problem,) = problems
+    assert (problem.rule.top_k, problem.rule.min_share) == (auto_top_k(problem.num_keys), 0)
+
+
 @pytest.mark.parametrize("shape", [Shape(alibi=8.0), Shape(sinks=True)], ids=["ALiBi", "attention sinks"])
 def test_what_is_unknown_stays_with_the_host(host: ctypes.CDLL, shape: Shape) -> None:
     assert not Operation(host, shape).is_taken()
@@ -240,10 +264,11 @@ def dense(operation: Operation) -> Any:
     return sparse(operation, KEEP_ALL)
 
 
-def sparse(operation: Operation, config: SparseKConfig) -> Any:
-    """The reference in float64, row by row: each stands at the end of the cache, as the backend has it, and
-    what it may see is in the mask alone."""
-    q, k, v = (x.astype(np.float64) for x in (operation.q, operation.k, operation.v))
+def sparse(operation: Operation, config: SparseKConfig, backend: str = "reference") -> Any:
+    """The reference in float64, or another kernel in float32, row by row: each stands at the end of the
+    cache, as the backend has it, and what it may see is in the mask alone."""
+    dtype = np.float64 if backend == "reference" else np.float32
+    q, k, v = (x.astype(dtype) for x in (operation.q, operation.k, operation.v))
     rows = [
         attention(
             q[:, :, i : i + 1],
@@ -252,7 +277,7 @@ def sparse(operation: Operation, config: SparseKConfig) -> Any:
             config=config,
             attn_mask=operation.allowed[:, :, i : i + 1],
             softcap=operation.shape.softcap or None,
-            backend="reference",
+            backend=backend,
         )
         for i in range(q.shape[2])
     ]

@@ -108,6 +108,9 @@ def plain(model: Path) -> str:
         ("SPARSEK_TOP_K", "many", "SPARSEK_TOP_K: top_k = 'many': must be a whole number"),
         ("SPARSEK_TOP_K", "-3", "SPARSEK_TOP_K: top_k = '-3': must be a whole number"),
         ("SPARSEK_TOP_K", "", "SPARSEK_TOP_K: top_k = '': must be a whole number, auto"),
+        ("SPARSEK_MIN_SHARE", "1.5", "SPARSEK_MIN_SHARE: min_share = '1.5': must be a number from 0 to 1"),
+        ("SPARSEK_MIN_SHARE", "0,5", "SPARSEK_MIN_SHARE: min_share = '0,5': must be a number from 0 to 1"),
+        ("SPARSEK_MIN_SHARE", "nan", "SPARSEK_MIN_SHARE: min_share = 'nan': must be a number from 0 to 1"),
         ("SPARSEK_WINDOW", "99999999999", "SPARSEK_WINDOW: window = '99999999999': must be a whole number"),
         ("SPARSEK_TAIL", "cut", "SPARSEK_TAIL: tail = 'cut': must be none or centroid"),
         ("SPARSEK_DENSE_LAYERS", "first", "SPARSEK_DENSE_LAYERS: dense_layers = 'first': must be"),
@@ -137,6 +140,8 @@ def test_wrong_variable(model: Path, plain: str, variable: str, value: str, line
         ('{"check_finite": "banana"}', "not a JSON object of settings"),
         ('{"top_k": [8, 0], "sinks": 0, "window": 0}', "keeps no key at all in a layer"),
         ('{"select": "tile"}', "select = 'tile': must be auto or query in llama.cpp: tiles are for GPUs"),
+        ('{"min_share": "a lot"}', "min_share = 'a lot': must be a number from 0 to 1"),
+        ('{"min_share": 2}', "min_share = '2': must be a number from 0 to 1"),
         ('{"tail": "cut"}', "tail = 'cut': must be none or centroid"),
     ],
 )
@@ -161,6 +166,11 @@ def test_right_variables(model: Path, tmp_path: Path) -> None:
     assert "sparse=1, dense=0, by_host=0" in out
     out, _ = run(code, backend_path(), model, SPARSEK_CONFIG=str(file), SPARSEK_DENSE_LAYERS="0")
     assert "sparse=0, dense=1, by_host=0" in out
+    # A count without limit is dense attention, but not with a share.
+    everything = {"SPARSEK_CONFIG": str(file), "SPARSEK_TOP_K": "99999"}
+    for share, counted in (("0", "sparse=0, dense=1"), ("1e-2", "sparse=1, dense=0")):
+        out, _ = run(code, backend_path(), model, **everything, SPARSEK_MIN_SHARE=share)
+        assert counted in out
     out, _ = run(code, backend_path(), model, SPARSEK_CONFIG=str(file), SPARSEK_TOP_K="0")
     assert "sparse=0, dense=0, by_host=0" in out
 

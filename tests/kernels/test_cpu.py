@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from ..waiting import HANGS
 
 PURE = SparseKConfig.pure(24)
 DEFAULT = SparseKConfig(top_k=24, min_context=0)
+SHARES = SparseKConfig(min_share=0.00517, min_context=0)
 KEEP_ALL = SparseKConfig.pure(2**31 - 1)
 every_isa = pytest.mark.usefixtures("isa")
 # What the kernel takes: see cpu.why_not.
@@ -90,7 +92,40 @@ def test_tail_is_that_of_the_definition(case: Case) -> None:
 
 
 @every_isa
-@pytest.mark.parametrize("config", [PURE, DEFAULT, SparseKConfig(top_k=7, stride=50, min_context=0)], ids=str)
+@settings(examples(150), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(
+    case=cases(**{**FITTING, "num_keys": st.integers(1, 70) | st.integers(100, 400)}),
+    share=st.sampled_from((1e-4, 0.0123, 0.05, 0.3, 1.0)),
+    most=st.sampled_from(("auto", "auto", 0, 1, 5, 40)),
+)
+def test_keys_with_a_share_of_the_estimated_sum(case: Case, share: float, most: Any) -> None:
+    call = case.build()
+    config = replace(call.config, top_k=most, min_share=share, sinks=max(call.config.sinks, int(most == 0)))
+    call = replace(call, config=config)
+    kept = np.asarray(select(call.q, call.k, backend="cpu", **call.options).to_mask())
+    oracle.assert_estimated_shares(call, kept)
+    oracle.assert_output(call, kept, attention(call.q, call.k, call.v, backend="cpu", **call.options))
+
+
+@every_isa
+@pytest.mark.parametrize("queries", [3, 300])
+def test_no_key_with_the_share_is_dropped(queries: int) -> None:
+    """The estimate is never above the true sum, and close to it where the scores are."""
+    q, k, v = tensors(1100, queries=queries)
+    for spread, most in ((0.3, 1.2), (1.0, 3.0)):
+        problem = make_problem(q * spread, k, v, config=SHARES, is_causal=True)
+        kept, expected = cpu.select(problem).to_mask(), reference.select(problem).to_mask()
+        assert not (expected & ~kept).any()
+        lower = make_problem(
+            q * spread, k, v, config=replace(SHARES, min_share=SHARES.min_share / most), is_causal=True
+        )
+        assert not (kept & ~reference.select(lower).to_mask()).any()
+
+
+@every_isa
+@pytest.mark.parametrize(
+    "config", [PURE, DEFAULT, SHARES, SparseKConfig(top_k=7, stride=50, min_context=0)], ids=str
+)
 @pytest.mark.parametrize("size", [64, 128, 40])
 def test_thousands_of_random_rows_keep_exactly_the_best(config: SparseKConfig, size: int) -> None:
     q, k, v = tensors(1100, heads=2, kv_heads=1, size=size)
@@ -102,7 +137,7 @@ def test_thousands_of_random_rows_keep_exactly_the_best(config: SparseKConfig, s
 
 @every_isa
 @pytest.mark.model
-@pytest.mark.parametrize("config", [PURE, DEFAULT], ids=str)
+@pytest.mark.parametrize("config", [PURE, DEFAULT, SHARES], ids=str)
 def test_thousands_of_real_rows_keep_exactly_the_best(config: SparseKConfig, real: Any) -> None:
     problem = make_problem(real.q, real.k, real.v, config=config, is_causal=True)
     checked = verify(problem, cpu.attention(problem), backend="cpu", rows=256)
@@ -123,6 +158,13 @@ def test_keeping_everything_is_pytorchs_attention() -> None:
     for mask in (None, torch.rand(333, 333, generator=torch.Generator().manual_seed(0)) < 0.5):
         problem = make_problem(q, k, v, config=KEEP_ALL, attn_mask=mask, is_causal=True)
         torch.testing.assert_close(cpu.attention(problem), dense.attention(problem), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [2, 100])
+def test_lists_of_shares_are_as_wide_as_the_longest(queries: int) -> None:
+    q, k, _ = tensors(900, queries=queries)
+    selection = select(q, k, config=SHARES, is_causal=True, backend="cpu")
+    assert selection.indices.shape[3] == int(selection.counts.max()) < 400
 
 
 # --- hostile inputs
@@ -173,9 +215,24 @@ def test_hostile_inputs_are_still_exact(name: str, config: SparseKConfig) -> Non
 
 
 @every_isa
+@pytest.mark.parametrize("name", HOSTILE)
+def test_shares_of_hostile_inputs(name: str) -> None:
+    q, k, v = tensors(300, size=24)
+    HOSTILE[name](q, k)
+    problem = make_problem(q, k, v, config=SHARES, is_causal=True)
+    selection = cpu.select(problem)
+    out = cpu.attention(problem)
+    assert torch.isfinite(out).all()
+    products = (q.double().abs() @ k.double().abs().repeat_interleave(2, 1).mT).amax().item()
+    if products < 1e4:
+        assert not (reference.select(problem).to_mask() & ~selection.to_mask()).any()
+        torch.testing.assert_close(out, reference.attention(problem, selection), rtol=1e-5, atol=1e-5)
+
+
+@every_isa
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", ["q", "k", "v"])
-@pytest.mark.parametrize("config", [PURE, DEFAULT, KEEP_ALL], ids=str)
+@pytest.mark.parametrize("config", [PURE, DEFAULT, SHARES, KEEP_ALL], ids=str)
 def test_rows_that_do_not_see_a_bad_number_are_unharmed(
     bad: float, place: str, config: SparseKConfig
 ) -> None:
@@ -192,7 +249,7 @@ def test_rows_that_do_not_see_a_bad_number_are_unharmed(
 @every_isa
 def test_everything_may_be_bad() -> None:
     q, k, v = (torch.full_like(x, float("nan")) for x in tensors(300))
-    for config in (PURE, DEFAULT, KEEP_ALL):
+    for config in (PURE, DEFAULT, SHARES, KEEP_ALL):
         assert run(q, k, v, config).shape == q.shape
         counts = select(q, k, config=config, is_causal=True, backend="cpu").counts
         assert int(counts.max()) <= 300
@@ -227,7 +284,7 @@ def test_memory_that_is_not_aligned() -> None:
 
 @every_isa
 @pytest.mark.parametrize("queries", [1, 2, 5, 16])
-@pytest.mark.parametrize("config", [PURE, DEFAULT], ids=str)
+@pytest.mark.parametrize("config", [PURE, DEFAULT, SHARES], ids=str)
 def test_few_queries_are_the_last_rows_of_many(queries: int, config: SparseKConfig) -> None:
     """Rows that are scored exactly, scanned in pieces, and scanned in tiles: all give the same bits, but for
     the mean scores of the tail, which few rows add up in another order."""
@@ -243,9 +300,11 @@ def test_few_queries_are_the_last_rows_of_many(queries: int, config: SparseKConf
 
 
 @every_isa
-def test_the_number_of_threads_changes_nothing() -> None:
-    q, k, v = (x.numpy() for x in tensors(700))
-    problem = make_problem(q, k, v, config=DEFAULT, is_causal=True)
+@pytest.mark.parametrize("config", [DEFAULT, SHARES], ids=str)
+@pytest.mark.parametrize("queries", [2, 20, 700])
+def test_the_number_of_threads_changes_nothing(config: SparseKConfig, queries: int) -> None:
+    q, k, v = (x.numpy() for x in tensors(700, queries=queries))
+    problem = make_problem(q, k, v, config=config, is_causal=True)
     results = []
     for threads in ("1", "2", "5"):
         os.environ["SPARSEK_NUM_THREADS"] = threads
@@ -322,14 +381,15 @@ assert torch.equal(run(), before)
     assert done.returncode == 0, done.stderr
 
 
-def test_memory_is_under_three_bytes_per_key_element() -> None:
-    code = """
+@pytest.mark.parametrize("rule", ["top_k=64", "min_share=0.002", "min_share=1e-9"])
+def test_memory_is_under_three_bytes_per_key_element(rule: str) -> None:
+    code = f"config = SparseKConfig({rule}, min_context=0)"
+    code += """
 def kib(field):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 torch.set_num_threads(2)
 q, k, v = (torch.zeros(1, h, n, 64).normal_() for h, n in ((6, 64), (2, 120_000), (2, 120_000)))
-config = SparseKConfig(top_k=64, min_context=0)
 attention(q[:, :, :1], k[:, :, :99], v[:, :, :99], config=config, backend="cpu")
 before = kib("VmRSS")
 attention(q, k, v, config=config, backend="cpu")

@@ -404,6 +404,7 @@ RANGE = "the mask is not one range of keys for each row"
         ({"rule": replace(problem().rule, tile=0)}, "each query chooses its own keys"),
         ({"rule": replace(problem().rule, top_k=130)}, "the rule keeps everything"),
         ({"rule": replace(problem().rule, stride=3)}, "stride is given"),
+        ({"rule": replace(problem().rule, min_share=0.1)}, "keys are chosen by their share"),
         ({"is_causal": False}, "attention is not causal"),
         ({"softcap": 30.0}, "softcap is given"),
         ({"mask": ~torch.eye(130, dtype=torch.bool)[None, None]}, RANGE),

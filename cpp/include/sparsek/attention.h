@@ -45,13 +45,18 @@ struct Mask {
     int64_t key_stride = 0;
 };
 
-// What a row keeps. top_k >= num_keys: everything, that is dense attention.
+// What a row keeps.
 struct Rule {
     int64_t top_k = 0;
     int64_t sinks = 0;
     int64_t window = 0;
     int64_t stride = 0;
     bool centroid_tail = false;
+    float min_share = 0.0f;  // of the row's softmax; 0: as many as top_k says
+
+    // Dense attention.
+    bool keeps_all(int64_t num_keys) const { return top_k >= num_keys && min_share == 0.0f; }
+    bool wants_means() const { return centroid_tail || min_share > 0.0f; }
 };
 
 struct Problem {
@@ -71,6 +76,8 @@ struct Problem {
     float scale = 1.0f;
     float softcap = 0.0f;  // 0: none
     Rule rule;
+    // Of the call of which this is a part: the estimates behind `min_share` are made as there.
+    int64_t whole_queries = 0;
 };
 
 // Calls body(data) on up to `threads` threads at once, the calling one among them; returns when all have.
@@ -96,13 +103,15 @@ enum class Status {
     bad_mask,  // a half that is neither 0 nor -inf; nothing was computed
 };
 
-// index: of the problem's k and v, extended by those it does not hold yet; means: of their values, which make
-// few queries cheaper. Without them the call makes its own. Throws std::bad_alloc.
+// index: of the problem's k and v, extended by those it does not hold yet, with centroids where the rule
+// wants means; means: of their values, which make few queries cheaper. Without them the call makes its own.
+// Throws std::bad_alloc.
 Status attention(const Problem& problem, const Options& options, const Output& out, KeyIndex* index = nullptr,
                  ValueMeans* means = nullptr);
 
 // indices: int32 [batch, heads, num_queries, width], rising and padded with -1; counts: int32 [batch, heads,
-// num_queries]. `width` must hold the longest row. Returns and throws as attention does.
+// num_queries]. `width` must hold the longest row; without `indices` the rows are only counted. Returns and
+// throws as attention does.
 Status select(const Problem& problem, const Options& options, int64_t width, int32_t* indices,
               int32_t* counts);
 

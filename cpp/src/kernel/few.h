@@ -124,12 +124,12 @@ inline void score_block(const Problem& p, const HeadMeans& means, const Tile& ti
             score(std::integral_constant<int, 0>{});
         }
     }
-    if (!whole || means.means == nullptr) return;
+    if (!whole || !p.rule.wants_means()) return;
     for (int64_t r = 0; r < tile.num_rows; ++r) {
         const float* x = out.scores + r * stride + b * kBlock;
         out.sums[r * w.blocks + b] = sum((load(x) + load(x + 16)) + (load(x + 32) + load(x + 48)));
     }
-    update_mean(p, keys, head_of<T>(p.v, tile.batch, tile.kv_head), b, means);
+    if (means.means != nullptr) update_mean(p, keys, head_of<T>(p.v, tile.batch, tile.kv_head), b, means);
 }
 
 // See Kernel::score_rows. Block by block, all heads of each: in a cache they lie side by side, and pages and
@@ -148,6 +148,18 @@ void score_rows(const Problem& p, const HeadMeans* means, int64_t batch, int64_t
                            out[h]);
         }
     }
+}
+
+// The candidates whose scores reach the threshold; returns their number.
+inline int64_t list_scored(const float* scores, float threshold, int64_t first, int64_t last, int32_t* index,
+                           const SparseWork& w) {
+    const auto reaching = [&](int64_t b) {
+        uint64_t bits = 0;
+        for (int j = 0; j < kBlock; j += 16)
+            bits |= static_cast<uint64_t>(at_least16(scores + b * kBlock + j, threshold)) << j;
+        return bits & w.candidates[b];
+    };
+    return list_bits(first, last, reaching, index);
 }
 
 // The best `top_k` of the row's candidates by the scores given; returns their number.
@@ -181,13 +193,7 @@ inline int64_t select_scored(const Problem& p, const float* scores, int64_t firs
         const auto level = static_cast<int32_t>(
             kth_largest_order(w.order, stride * kBlock, stride * kBlock, k, lowest, highest));
         const float threshold = score_of(level);
-        const auto reaching = [&](int64_t b) {
-            uint64_t bits = 0;
-            for (int j = 0; j < kBlock; j += 16)
-                bits |= static_cast<uint64_t>(at_least16(scores + b * kBlock + j, threshold)) << j;
-            return bits & w.candidates[b];
-        };
-        n = list_bits(first, last, reaching, w.index);
+        n = list_scored(scores, threshold, first, last, w.index, w);
     }
     if (n < k) n = list_bits(first, last, candidates, w.index);  // few, or NaN among them
     for (int64_t i = 0; i < n; ++i) w.weights[i] = scores[w.index[i]];
@@ -209,16 +215,30 @@ void attend_scored(const Problem& p, const float* means, const Tile& tile, std::
     while (first < last && w.allowed[last - 1] == 0) --last;
     always_bits(p, row, w.allowed, first, last, w);
     for (int64_t b = first; b < last; ++b) w.candidates[b] = w.allowed[b] & ~w.always[b];
-    int64_t count = select_scored(p, scored.scores, first, last, w);
+    const int64_t whole = p.rule.wants_means() ? whole_blocks(p, w.allowed) : 0;
+    for (int64_t b = 0; b < whole; ++b) w.sums[b] = w.allowed[b] == ~0ull ? scored.sums[b] : 0.0f;
+    const auto look_up = [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) w.weights[i] = scored.scores[w.index[i]];
+        return to;
+    };
+    const auto list_always = [&](int64_t from) {
+        const auto always = [&](int64_t b) { return w.always[b]; };
+        return look_up(from, from + list_bits(first, last, always, w.index + from));
+    };
+    int64_t count = 0;
+    if (p.rule.min_share > 0.0f) {
+        count = list_shares(p, w.allowed, whole, w, list_always, [&](float least, int64_t from) {
+            return look_up(from, from + list_scored(scored.scores, least, first, last, w.index + from, w));
+        });
+    } else {
+        count = select_scored(p, scored.scores, first, last, w);
+        if (selection == nullptr) count = list_always(count);
+    }
     if (selection != nullptr) {
         write_selection(p, row, tile.batch, count, first, last, w, *selection);
         return;
     }
-    const int64_t chosen = count;
-    count += list_bits(first, last, [&](int64_t b) { return w.always[b]; }, w.index + count);
-    for (int64_t i = chosen; i < count; ++i) w.weights[i] = scored.scores[w.index[i]];
-    const int64_t blocks = means == nullptr ? 0 : tail_blocks(p, w.allowed);
-    for (int64_t b = 0; b < blocks; ++b) w.tail[b] = w.allowed[b] == ~0ull ? scored.sums[b] : 0.0f;
+    const int64_t blocks = means == nullptr ? 0 : whole;
     tail_logits(p, w.allowed, count, blocks, w);
     attend_row(p, head_of<T>(p.v, tile.batch, tile.kv_head), means, row, count, blocks, tile.batch, w, out);
 }

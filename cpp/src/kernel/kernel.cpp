@@ -22,6 +22,10 @@
 // clang-format off: each builds on those before it
 #include "kernel/math.h"
 #include "kernel/index.h"
+#include "kernel/row.h"
+#include "kernel/select.h"
+#include "kernel/attend.h"
+#include "kernel/share.h"
 #include "kernel/sparse.h"
 #include "kernel/few.h"
 #include "kernel/dense.h"

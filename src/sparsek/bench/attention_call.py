@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -20,15 +20,16 @@ from . import cuda_timing
 from .baselines import BASELINES
 from .cuda_timing import Call, PeakMemory
 from .environment import environment
+from .inputs import Inputs
+from .kept import mean_kept
 from .timing import alternate, ratio
-
-DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class AttentionRecord:
     """One shape and configuration. Times in milliseconds, medians; `ratio` is baseline over ours, the
     median of paired repetitions, with its quartiles. `max_abs_err` is against float64 over the kept set.
+    `kept`: keys that a row keeps on average.
     `index`: the keys had been indexed before, as those of a KV cache are. `baseline`: what ran; "cudnn" or
     "flash" where PyTorch's attention was asked for on CUDA. `timing`: "graph", replays of CUDA graphs, or
     "calls". Only on CUDA: `host_us`, microseconds of the host for one call of ours, and peaks of memory, with
@@ -59,42 +60,12 @@ class AttentionRecord:
     max_abs_err: float
     environment: dict[str, Any]
     batch: int = 1
+    min_share: float = 0.0
+    kept: float | None = None
     timing: str = "calls"
     host_us: float | None = None
     peak_mib: float | None = None
     baseline_peak_mib: float | None = None
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """q [B, H, Tq, D], k and v [B, Hkv, Tk, D], causal, and where they come from."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    source: str
-
-
-def random_inputs(
-    *,
-    tokens: int,
-    queries: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    batch: int = 1,
-    dtype: str = "float32",
-    device: str = "cpu",
-    seed: int = 0,
-) -> Inputs:
-    """Standard normal q, k, v, made on the device."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(num_heads: int, length: int) -> torch.Tensor:
-        x = torch.randn(batch, num_heads, length, head_dim, generator=generator, device=device)
-        return x.to(DTYPES[dtype])
-
-    return Inputs(normal(heads, queries), normal(kv_heads, tokens), normal(kv_heads, tokens), "random")
 
 
 def bench_attention(
@@ -167,6 +138,8 @@ def bench_attention(
         max_abs_err=check.max_abs_err,
         environment=environment(),
         batch=p.q.shape[0],
+        min_share=p.rule.min_share,
+        kept=mean_kept(p, backend),
         timing=timing,
         host_us=cuda_timing.host_us(one_more) if device == "cuda" else None,
         peak_mib=peak_mib,

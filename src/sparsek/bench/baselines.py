@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from ..kernels import dispatch
 from ..problem import Problem
 from . import cuda_timing
 from .cuda_timing import Call
+from .kept import mean_kept
 from .timing import alternate
 
 _FLEX_BLOCK: Final = 128  # FlexAttention's own
@@ -89,18 +91,20 @@ def _default(p: Problem) -> Call:
 
 def _dense(p: Problem) -> Baseline:
     """Our own dense attention."""
-    dense = replace(p, rule=replace(p.rule, top_k=p.num_keys))
+    dense = replace(p, rule=p.rule.dense(p.num_keys))
     return Baseline("dense", lambda: dispatch.attention(dense))
 
 
 def _mask(p: Problem) -> Baseline:
-    """The method as it is usually written: all scores, top-K, a -inf mask, and dense attention under it."""
+    """The method as it is usually written: all scores, top-K, a -inf mask, and dense attention under it. By
+    share K is as many keys as rows keep."""
     k, v = _repeated(p)
     causal = _causal_mask(p)
+    count = min(p.rule.top_k, p.num_keys) if not p.rule.min_share else math.ceil(mean_kept(p))
 
     def once() -> torch.Tensor:
         scores = (p.q @ k.transpose(-1, -2) * p.scale).masked_fill(~causal, -torch.inf)
-        best = scores.topk(min(p.rule.top_k, p.num_keys), dim=-1).indices
+        best = scores.topk(count, dim=-1).indices
         mask = torch.full_like(scores, -torch.inf).scatter(-1, best, 0.0).masked_fill(~causal, -torch.inf)
         return torch.nn.functional.scaled_dot_product_attention(p.q, k, v, attn_mask=mask, scale=p.scale)
 
@@ -115,13 +119,13 @@ def _flex(p: Problem) -> Baseline:
 
     torch.compiler.reset()  # else it compiles for any length once it has seen several
     compiled = torch.compile(flex_attention, dynamic=False)
-    v, mask = _values(p), flex_mask(p)
+    v, mask = _values(p), flex_mask(p, math.ceil(mean_kept(p)))
     return Baseline("flex", lambda: compiled(p.q, p.k, v, block_mask=mask, scale=p.scale, enable_gqa=True))
 
 
-def flex_mask(p: Problem) -> Any:
+def flex_mask(p: Problem, kept: int) -> Any:
     """A BlockMask, the same for all heads: for each 128 queries as many blocks of 128 keys as hold what a row
-    keeps, those with keys of these positions always and the others anywhere before."""
+    keeps on average, those with keys of these positions always and the others anywhere before."""
     from torch.nn.attention.flex_attention import BlockMask
 
     first, device = p.first_position, p.q.device
@@ -130,7 +134,7 @@ def flex_mask(p: Problem) -> Any:
     block = torch.arange(-(-p.num_keys // _FLEX_BLOCK), device=device)
     own = (block >= row // _FLEX_BLOCK) & (block <= last // _FLEX_BLOCK)  # [rows, blocks]
     past = block < row // _FLEX_BLOCK
-    wanted = -(-p.rule.max_kept(p.num_keys) // _FLEX_BLOCK) - own.sum(-1, keepdim=True)
+    wanted = -(-kept // _FLEX_BLOCK) - own.sum(-1, keepdim=True)
     order = torch.rand(past.shape, device=device, generator=torch.Generator(device).manual_seed(0))
     rank = order.masked_fill(~past, 2).argsort(-1).argsort(-1)
     return BlockMask.from_kv_blocks(

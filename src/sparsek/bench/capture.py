@@ -9,7 +9,7 @@ import torch
 from ..config import KEEP_ALL
 from ..engines.base import open_engine
 from ..problem import Problem
-from .attention_call import DTYPES, Inputs
+from .inputs import DTYPES, Inputs
 from .text import read_text, take_tokens
 
 

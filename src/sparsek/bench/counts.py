@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from ..config import SparseKConfig
-from ..policy import Rule, fixed, resolve
+from ..policy import Rule, by_share, fixed, on_device, resolve
 
 
 def top_k_used(config: SparseKConfig | None, context: int, device: str = "cpu") -> int | list[int] | None:
     """K as records carry it, in numbers: what "auto" is at this context, and on a GPU the keys of a list; one
-    for each layer where K is given so, None for dense attention."""
-    if config is None:
+    for each layer where K is given so. None for dense attention, and where it is not a number but a share."""
+    if config is None or by_share(on_device(config, device), context):
         return None
     budgets: Any = fixed(config, context, device).top_k
     return list(budgets) if isinstance(budgets, tuple) else budgets
@@ -24,7 +24,8 @@ def top_k_used(config: SparseKConfig | None, context: int, device: str = "cpu") 
 def scores_used(
     config: SparseKConfig | None, num_tokens: int, num_layers: int, num_heads: int
 ) -> tuple[int, int]:
-    """(kept, full): scores of a causal prompt that enter the softmax, summed over heads and layers."""
+    """(kept, full): scores of a causal prompt that enter the softmax, summed over heads and layers. By share,
+    which keeps as many as the scores say, `kept` is the most."""
     full = num_tokens * (num_tokens + 1) // 2
     kept = 0
     for layer in range(num_layers):

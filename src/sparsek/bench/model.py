@@ -27,7 +27,8 @@ class BenchRecord:
 
     `top_k` 0 is the engine's own dense attention, which `backend` names; `speedup` is over it, the median of
     paired repetitions, with its quartiles; None where Sparse-K computes no attention of the model.
-    `verified_rows` attention rows were compared with the float64 reference, per head.
+    `verified_rows` attention rows were compared with the float64 reference, per head; they keep `kept_mean`
+    keys on average.
     `operations`: the attention operations of one repetition, by who computed them. `n_depth`: tokens before
     the first generated one; on a GPU repetitions go on where the one before ended, after an untimed one.
     """
@@ -55,7 +56,8 @@ class BenchRecord:
     environment: dict[str, Any]
     device: str = "cpu"
     n_devices: int = 1
-    top_k_used: int | list[int] | None = None  # K in numbers: what "auto" meant
+    top_k_used: int | list[int] | None = None  # K in numbers: what "auto" meant; None by share
+    kept_mean: float | None = None
 
     @property
     def test(self) -> str:
@@ -138,8 +140,7 @@ class Check:
         """With what a later call showed; operations are of one call."""
         if self.verified is None or later.verified is None:
             return self
-        worst = max(self.verified.max_abs_err, later.verified.max_abs_err)
-        return Check(Verification(self.verified.rows + later.verified.rows, worst), self.operations)
+        return Check(Verification.of_all([self.verified, later.verified]), self.operations)
 
 
 def untimed(
@@ -171,8 +172,7 @@ def _checked(
     ours = operations.get("sparse", 1) + operations.get("dense", 0)
     if not found and ours:
         raise VerificationError("no attention of the model could be verified: is Sparse-K on in it?")
-    worst = max((v.max_abs_err for v in found), default=0.0)
-    return Check(Verification(sum(v.rows for v in found), worst), operations)
+    return Check(Verification.of_all(found), operations)
 
 
 def _timed(
@@ -221,4 +221,5 @@ def _record(
         device=engine.device,
         n_devices=engine.n_devices,
         top_k_used=top_k_used(config, test.prompt + test.depth + test.generated, engine.device),
+        kept_mean=verified.kept if verified else None,
     )

@@ -46,6 +46,7 @@ class RequestsRecord:
     device: str
     n_devices: int
     top_k_used: int | list[int] | None
+    kept_mean: float | None
 
     @property
     def test(self) -> str:
@@ -134,4 +135,5 @@ def _record(engine: Engine, call: _Call, check: Check, dense: _Call | None) -> R
         device=engine.device,
         n_devices=engine.n_devices,
         top_k_used=top_k_used(call.config, length + call.generated, engine.device),
+        kept_mean=check.verified.kept if check.verified else None,
     )

@@ -7,14 +7,19 @@ from typing import Any
 
 import click
 
-from ..config import TopK
-from .options import Budgets, make_configs, rule_options
+from .options import Budget, Budgets, make_configs, rule_options
 
 
 @click.command("annotate")
 @click.argument("source", metavar="IN.gguf")
 @click.argument("target", metavar="OUT.gguf")
-@click.option("-k", "--top-k", type=Budgets(), metavar="K", help='Keys kept per query: a number or "auto".')
+@click.option(
+    "-k",
+    "--top-k",
+    type=Budgets(),
+    metavar="K",
+    help='Keys kept per query: a number, "auto", or a share of the softmax like 0.002.',
+)
 @rule_options
 @click.option("--remove", is_flag=True, help="Write a copy without sparsek.* metadata.")
 @click.option("--force", is_flag=True, help="Replace what is written, if it exists.")
@@ -22,7 +27,7 @@ from .options import Budgets, make_configs, rule_options
 def command(
     source: str,
     target: str,
-    top_k: list[TopK] | None,
+    top_k: list[Budget] | None,
     remove: bool,
     force: bool,
     debug: bool,  # noqa: ARG001

@@ -7,10 +7,11 @@ from typing import Any, Final
 
 import click
 
-from ..config import TopK
+from ..config import budget_words
 from ..report.tables import with_quartiles
 from .notes import note, note_dense, note_spread
 from .options import (
+    Budget,
     Budgets,
     Counts,
     Tokens,
@@ -83,7 +84,7 @@ REQUESTS_COLUMNS: Final = [
     "-k",
     "--top-k",
     type=Budgets(),
-    help="K to compare; 0 is dense.  [default: 0 and the configuration's]",
+    help="K to compare, or shares like 0.002; 0 is dense.  [default: 0 and the configuration's]",
 )
 @click.option(
     "-r", "--repetitions", type=click.IntRange(1), default=3, show_default=True, help="Repetitions."
@@ -122,7 +123,7 @@ def command(
     prompts: list[int],
     generate: int,
     depths: list[int],
-    top_k: list[TopK] | None,
+    top_k: list[Budget] | None,
     repetitions: int,
     requests: int | None,
     flash_attention: bool,
@@ -207,7 +208,7 @@ def command(
             shown.add(record)
     note_spread(
         [
-            (f"{r.test}, K = {k_text(r)}", r.samples_ns, (r.speedup, r.speedup_low, r.speedup_high))
+            (f"{r.test}, {budget_words(k_text(r))}", r.samples_ns, (r.speedup, r.speedup_low, r.speedup_high))
             for r in records
         ]
     )

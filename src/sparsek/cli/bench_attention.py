@@ -6,12 +6,13 @@ from typing import Any, Final
 
 import click
 
-from ..config import TopK
+from ..config import budget_words
 from ..engines.base import check_device
 from ..kernels.dispatch import BACKENDS
-from ..report.tables import milliseconds, with_quartiles
+from ..report.tables import milliseconds, rule_text, with_quartiles
 from .notes import note_dense, note_spread
 from .options import (
+    Budget,
     Budgets,
     Counts,
     Tokens,
@@ -23,6 +24,12 @@ from .options import (
 from .output import Column, Records, output_option
 from .progress import progress
 
+
+def _rule(record: Any) -> str:
+    """What was asked to be kept."""
+    return rule_text(record.top_k, record.min_share, record.tokens)
+
+
 _BATCH: Final = Column("batch", lambda r: str(r.batch), right=True)
 COLUMNS: Final = [
     Column("inputs", lambda r: r.inputs),
@@ -30,7 +37,8 @@ COLUMNS: Final = [
     Column("heads", lambda r: f"{r.heads}/{r.kv_heads}x{r.head_dim}"),
     Column("queries", lambda r: str(r.queries), right=True),
     Column("tokens", lambda r: str(r.tokens), 7, right=True),
-    Column("K", lambda r: "all" if r.top_k == r.tokens else str(r.top_k), 5, right=True),
+    Column("K", _rule, 11, right=True),
+    Column("kept", lambda r: "" if r.kept is None else f"{r.kept:.0f}", 5, right=True),
     Column("ms", lambda r: milliseconds(r.ms), 8, right=True),
     Column("baseline", lambda r: r.baseline),
     Column("baseline ms", lambda r: "" if r.baseline_ms is None else milliseconds(r.baseline_ms), right=True),
@@ -58,7 +66,9 @@ _DTYPES: Final = {"cpu": "float32", "cuda": "bfloat16"}
 )
 @click.option("--head-dim", type=click.IntRange(1), default=_HEAD_DIM, show_default=True, help="Head size.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Batch entries.")
-@click.option("-k", "--top-k", type=Budgets(), help="K to measure.  [default: the configuration's]")
+@click.option(
+    "-k", "--top-k", type=Budgets(), help="K, or shares like 0.002.  [default: the configuration's]"
+)
 @click.option(
     "--inputs",
     type=click.Choice(["random", "model"]),
@@ -101,7 +111,7 @@ def command(
     kv_heads: int,
     head_dim: int,
     batch: int,
-    top_k: list[TopK] | None,
+    top_k: list[Budget] | None,
     inputs: str,
     model: str | None,
     layer: int | None,
@@ -130,8 +140,9 @@ def command(
       sparsek bench-attention --tokens 32768 --queries 1 --index -k 128
       sparsek bench-attention --device cuda --heads 32 --kv-heads 8 --head-dim 128
     """
-    from ..bench import attention_call as library
+    from ..bench.attention_call import bench_attention
     from ..bench.capture import model_inputs
+    from ..bench.inputs import random_inputs
 
     configs = [config for config in make_configs(top_k, None, **rule) if config]
     if not configs:
@@ -158,7 +169,7 @@ def command(
                     model, tokens=length, queries=rows, layer=layer, dtype=dtype, device=device
                 )
             else:
-                given = library.random_inputs(
+                given = random_inputs(
                     tokens=length,
                     queries=rows,
                     heads=heads,
@@ -171,7 +182,7 @@ def command(
                 )
             for config in configs:
                 records.append(
-                    library.bench_attention(
+                    bench_attention(
                         given,
                         config,
                         baseline=baseline,
@@ -185,7 +196,11 @@ def command(
                 shown.add(records[-1])
     note_spread(
         [
-            (f"{r.tokens} tokens, K = {r.top_k}", r.samples_ns, (r.ratio, r.ratio_low, r.ratio_high))
+            (
+                f"{r.tokens} tokens, {budget_words(_rule(r))}",
+                r.samples_ns,
+                (r.ratio, r.ratio_low, r.ratio_high),
+            )
             for r in records
         ]
     )

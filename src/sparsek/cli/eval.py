@@ -7,11 +7,11 @@ from typing import Any, Final
 import click
 from click.core import ParameterSource
 
-from ..config import TopK
 from ..engines.base import attending_layers, no_attention
 from ..report.tables import with_error
 from .notes import note, note_dense
 from .options import (
+    Budget,
     Budgets,
     Tokens,
     common_options,
@@ -62,7 +62,10 @@ RETRIEVAL_COLUMNS: Final = [
 @click.option("-c", "--context", type=Tokens(1), default=4096, show_default=True, help="Tokens per window.")
 @click.option("--windows", type=int, default=1, show_default=True, help="Windows, one after the other.")
 @click.option(
-    "-k", "--top-k", type=Budgets(), help="K to measure; 0 is dense.  [default: the configuration's]"
+    "-k",
+    "--top-k",
+    type=Budgets(),
+    help="K to measure, or shares like 0.002; 0 is dense.  [default: the configuration's]",
 )
 @click.option(
     "--where",
@@ -94,7 +97,7 @@ def command(
     text: str | None,
     context: int,
     windows: int,
-    top_k: list[TopK] | None,
+    top_k: list[Budget] | None,
     where: Any,
     generated: int,
     retrieval: bool,

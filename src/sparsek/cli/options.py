@@ -21,22 +21,28 @@ from .progress import status
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+Budget = TopK | float  # a float: keys by their share
+
+
 class Budgets(click.ParamType[Any]):
-    """A comma list of K: integers or "auto". 0 stands for dense attention."""
+    """A comma list of K: integers, "auto", or shares, which have a point in them. 0 is dense attention."""
 
     name = "k,..."
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[TopK]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Budget]:
         if not isinstance(value, str):
             return list(value)
         return [self._budget(part.strip(), param, ctx) for part in value.split(",")]
 
-    def _budget(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> TopK:
+    def _budget(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> Budget:
         if text == "auto":
             return "auto"
-        if not _is_number(text):
-            self.fail(f'{text!r} is not a K: use an integer >= 0 (0 = dense) or "auto"', param, ctx)
-        return int(text)
+        if _is_number(text):
+            return int(text)
+        if not (_is_number(text.replace(".", "", 1)) and 0 < float(text) <= 1):
+            kinds = 'an integer >= 0 (0 = dense), "auto", or a share of the softmax like 0.002'
+            self.fail(f"{text!r} is not a K: use {kinds}", param, ctx)
+        return float(text)
 
 
 _THOUSANDS: Final = re.compile(r"(\d{1,12})[kK]", re.ASCII)
@@ -142,6 +148,12 @@ rule_options = _stacked(
     click.option(
         "--config", "config_file", metavar="FILE", help="Configuration as JSON; the options below change it."
     ),
+    click.option(
+        "--min-share",
+        type=float,
+        metavar="S",
+        help="Of the K keys of -k only those with this share of the softmax, 0 to 1.",
+    ),
     click.option("--pure", is_flag=True, help="Top-K alone: no sinks, window, tail or dense layers."),
     click.option("--sinks", type=int, metavar="N", help="First positions that are always kept."),
     click.option("--window", type=int, metavar="N", help="Last positions that are always kept."),
@@ -172,13 +184,23 @@ common_options = _stacked(
 
 
 def make_configs(
-    budgets: Sequence[TopK] | None, carried: SparseKConfig | None, **rule: Any
+    budgets: Sequence[Budget] | None, carried: SparseKConfig | None, **rule: Any
 ) -> list[SparseKConfig | None]:
-    """One configuration per K of -k, None (dense attention) for 0; without -k the one of the rule options."""
+    """One configuration per K or share of -k, None (dense attention) for 0; without -k the one of the rule
+    options. What -k says is in the place of both, the K and the share that a file carries."""
     config = make_config(carried, **rule)
-    if budgets is None:
-        return [config]
-    return [None if budget == 0 else replace(config, top_k=budget) for budget in budgets]
+    share = rule.get("min_share")
+
+    def with_budget(budget: Budget) -> SparseKConfig | None:
+        if isinstance(budget, float):
+            if share is not None:
+                raise click.UsageError(
+                    f"-k {budget:g} is a share, and --min-share {share:g} another: give one"
+                )
+            return replace(config, top_k="auto", min_share=budget)
+        return None if budget == 0 else replace(config, top_k=budget, min_share=share or 0.0)
+
+    return [config] if budgets is None else [with_budget(budget) for budget in budgets]
 
 
 def make_config(
@@ -203,7 +225,7 @@ def make_config(
         except (ValueError, TypeError) as error:
             raise ValueError(f"{config_file}: {error}") from None
     if pure:
-        config = SparseKConfig.pure(config.top_k)
+        config = replace(SparseKConfig.pure(config.top_k), min_share=config.min_share)
     changed = {name: value for name, value in fields.items() if value is not None}
     if dense_layers is not None:
         changed["dense_layers"] = parse_layers(dense_layers)

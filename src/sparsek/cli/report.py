@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 from click.core import ParameterSource
 
-from ..config import SparseKConfig, TopK, budget_name
+from ..config import SparseKConfig, budget_name
 from ..engines.base import check_fits, default_engine
 from ..engines.text import option_text, shown_name
 from ..extras import how_to_install
-from ..policy import on_gpu
+from ..policy import by_share, on_gpu
 from .options import (
+    Budget,
     Budgets,
     Counts,
     Tokens,
@@ -27,6 +28,7 @@ from .options import (
     device_option,
     load,
     make_config,
+    make_configs,
     model_option,
     rule_options,
     text_option,
@@ -46,6 +48,7 @@ _RULE: Final = frozenset(
     {
         "device",
         "config_file",
+        "min_share",
         "pure",
         "sinks",
         "window",
@@ -111,7 +114,7 @@ def command(
     sentence_k: int,
     layer: int | None,
     head: int | None,
-    top_k: list[TopK] | None,
+    top_k: list[Budget] | None,
     context: int,
     lengths: list[int] | None,
     repetitions: int,
@@ -140,8 +143,9 @@ def command(
     if find_spec("matplotlib") is None:
         raise ImportError(f"the pictures need matplotlib: {how_to_install('report')}")
     from ..bench.environment import environment
-    from ..bench.text import read_text
+    from ..bench.text import read_text, take_tokens
     from ..evaluate import for_report
+    from ..evaluate.kept_keys import observed_kept
     from ..report import page
     from ..report.parts import Material, parts
     from ..report.records import read_records
@@ -165,7 +169,13 @@ def command(
         small = small_rule(configs[0], sentence_k)
         attention = capture(engine, sentence, small, layer=layer, head=head)
         advance()
-    costs = for_report.costs(configs[0], engine.num_layers, engine.num_heads, engine.context_length)
+    kept, longest = None, engine.context_length
+    if by_share(configs[0], longest):
+        tokens = take_tokens(engine, words, context)
+        longest = context
+        with progress("kept keys", context) as advance:
+            kept = observed_kept(engine, tokens, configs[0], advance)
+    costs = for_report.costs(configs[0], engine.num_layers, engine.num_heads, longest, kept)
     if not found.eval:
         tokens = engine.encode(words)
         with progress("quality", (1 + len(configs)) * context) as advance:
@@ -216,20 +226,27 @@ def _check_places(output: str, images: str | None, inputs: Sequence[str | None])
 
 
 def _configs(
-    budgets: list[TopK] | None, carried: SparseKConfig | None, rule: dict[str, Any]
+    budgets: list[Budget] | None, carried: SparseKConfig | None, rule: dict[str, Any]
 ) -> list[SparseKConfig]:
     """Those to measure; the first is the one that is shown."""
-    config = make_config(carried, **rule)
     if budgets is None:
+        config = make_config(carried, **rule)
         more = [k for k in _MORE_BUDGETS if k != config.top_k]
-        return [config, *(replace(config, top_k=k) for k in more)]
+        return [config, *(replace(config, top_k=k, min_share=0.0) for k in more)]
     if 0 in budgets:
         given = ",".join(map(str, budgets))
         raise click.UsageError(f"-k {given}: 0 is dense attention, which is measured anyway; leave it out")
-    return [replace(config, top_k=k) for k in dict.fromkeys(budgets)]
+    once = {repr(budget): budget for budget in budgets}  # 1 is K, 1.0 a share
+    return [config for config in make_configs(list(once.values()), carried, **rule) if config]
 
 
 # ---- The commands that give the parts again
+
+
+def _budget(config: SparseKConfig, ctx: click.Context) -> str:
+    """What -k is to be for this configuration: a share, where it was not given as --min-share, or K."""
+    share = config.min_share if config.top_k == "auto" and ctx.params["min_share"] is None else 0.0
+    return repr(share) if share else str(config.top_k)
 
 
 def _commands(
@@ -240,7 +257,7 @@ def _commands(
     found: Records,
     lengths: list[int] | None,
 ) -> dict[str, str]:
-    budgets = [] if isinstance(configs[0].top_k, tuple) else [str(c.top_k) for c in configs]
+    budgets = [] if isinstance(configs[0].top_k, tuple) else [_budget(c, ctx) for c in configs]
     shown = {"model", "text"} | _RULE
     tile = "--select tile" if configs[0].select == "tile" and ctx.params["select"] is None else ""
     sentence = _line(ctx, "report", {*shown, "sentence", "sentence_k"}, f"--layer {layer} --head {head}")

@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
-from ..config import TopK
+from ..config import budget_name, budget_words
 from ..engines.text import option_text, read_text_file, whole_characters
 from .options import (
     SAMPLING,
+    Budget,
     Budgets,
     Tokens,
     common_options,
@@ -37,7 +38,7 @@ from .progress import status
     "--top-k",
     type=Budgets(),
     metavar="K",
-    help='Keys kept per query: a number, "auto", or 0 for dense.',
+    help='Keys kept per query: a number, "auto", a share of the softmax like 0.002, or 0 for dense.',
 )
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the model's chat format.")
 @rule_options
@@ -54,7 +55,7 @@ def command(
     prompt: str | None,
     file: str | None,
     tokens: int,
-    top_k: list[TopK] | None,
+    top_k: list[Budget] | None,
     raw: bool,
     threads: int | None,
     seed: int,  # noqa: ARG001
@@ -129,4 +130,4 @@ def _attention(config: Any, prompt_tokens: int) -> str:
         return "dense"
     if prompt_tokens < config.min_context:
         return f"dense while the context is below {config.min_context} tokens (--min-context)"
-    return f"Sparse-K, K = {config.top_k}"
+    return f"Sparse-K, {budget_words(budget_name(config))}"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from .. import _core
-from ..config import SparseKConfig, TopK, budget_name, budget_range
+from ..config import SparseKConfig, budget_name, budget_range
 from ..policy import fixed, resolve
-from .options import SAMPLING, Budgets, Tokens, make_configs, refused_option, rule_options
+from .options import SAMPLING, Budget, Budgets, Tokens, make_configs, refused_option, rule_options
 
 if TYPE_CHECKING:
     from ..engines.server_log import Answer
@@ -42,7 +42,7 @@ _ELSEWHERE: Final = (
     "--top-k",
     type=Budgets(),
     metavar="K",
-    help='Keys kept per query: a number, "auto", or 0 for dense.',
+    help='Keys kept per query: a number, "auto", a share of the softmax like 0.002, or 0 for dense.',
 )
 @click.option(
     "--parallel",
@@ -73,7 +73,7 @@ def command(
     host: str,
     port: int,
     context: int | None,
-    top_k: list[TopK] | None,
+    top_k: list[Budget] | None,
     parallel: int,
     api_keys: tuple[str, ...],
     metrics: bool,
@@ -138,10 +138,12 @@ def _keys(given: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _budget(config: SparseKConfig | None, context: int) -> str:
-    """K, with what "auto" is at the whole context."""
+    """K or the share, with what "auto" is at the whole context."""
     if config is None:
         return "K 0"
-    number = budget_range(fixed(config, context).top_k)
+    number = budget_range(fixed(config, context).to_dict())
+    if config.min_share:
+        return number
     return f"K auto ({number})" if budget_name(config) == "auto" else f"K {number}"
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ..config import SparseKConfig, budget_range
+from ..config import SparseKConfig, budget_range, budget_words
 from ..engines.base import ENGINES
 from ..engines.text import shown_name
 from ..report.tables import with_error
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 COLUMNS: Final = [
     Column("step", lambda p: p.step, 10),
-    Column("K", lambda p: budget_range(p.config["top_k"]), 10),
+    Column("K", lambda p: budget_range(p.config), 10),
     Column("sinks", lambda p: str(p.config["sinks"]), right=True),
     Column("window", lambda p: str(p.config["window"]), right=True),
     Column("tail", lambda p: p.config["tail"], 8),
@@ -110,6 +110,8 @@ def command(
     from ..evaluate.tune import Tuner, steps
 
     target = _target(max_kl, max_ppl_ratio, min_speedup)
+    if rule["min_share"] is not None:
+        raise click.UsageError("--min-share is what tune finds, like K: leave it out")
     make_config(None, **rule)  # what is wrong in it shows before the model is loaded
     check_outputs(output, records, resume, inputs=(text, model, rule["config_file"]))
     name, words = read_text(text)
@@ -148,8 +150,8 @@ def command(
 def _said(point: Point) -> str:
     """A line of a log."""
     speed = "" if point.speedup is None else f", speed-up {point.speedup:.2f}"
-    k = budget_range(point.config["top_k"])
-    return f"{point.step}, K {k}: {point.keys:.0f} keys, KL {with_error(point.kl, point.kl_se)}{speed}"
+    k = budget_words(budget_range(point.config))
+    return f"{point.step}, {k}: {point.keys:.0f} keys, KL {with_error(point.kl, point.kl_se)}{speed}"
 
 
 def _target(max_kl: float | None, max_ppl_ratio: float | None, min_speedup: float | None) -> Any:
@@ -175,7 +177,7 @@ def _summary(record: Any) -> str:
     if record.uniform is not None:
         uniform = record.uniform
         lines.append(
-            f"  one K      {budget_range(uniform['config']['top_k'])} in every layer needs "
+            f"  one K      {budget_range(uniform['config'])} in every layer needs "
             f"{uniform['keys']:.0f} keys: {record.saved:.0%} saved"
         )
     if record.met_held is False:

@@ -48,11 +48,11 @@ def retained_mass(p: Problem) -> tuple[list[float], float, int]:
     p = on_torch(p)
     heads = p.q.shape[1]
     mass, kept, rows = torch.zeros(heads, dtype=torch.float64), 0.0, 0
-    # Lists of tiles are those that the kernel made; of whole tiles, so of fewer.
+    # Where a kernel estimates what to keep, it is what the kernel kept; of whole tiles, so of fewer rows.
     wanted = max(8, p.num_queries // (_ONE_IN * max(1, p.rule.tile // 8)))
     for block in blocks(p, wanted):
         part = p.rows(block)
-        listed = dispatch.select(part).to_mask() if p.rule.tile else None
+        listed = dispatch.select(part).to_mask() if p.rule.tile or p.rule.min_share else None
         for chunk in reference.chunks(part):
             scores = torch.where(chunk.allowed, chunk.scores, -math.inf)
             if listed is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final
@@ -10,28 +11,47 @@ from ..bench.counts import scores_used
 from ..bench.model import bench, tests
 from ..config import SparseKConfig
 from ..engines.base import Engine
-from ..policy import on_gpu
+from ..policy import by_share, on_device
 from ..report.series import Costs, rule_words
+from .kept_keys import KeptObserver
 from .quality import Windows, evaluate
 
 _SHORTEST: Final = 128
 LONGEST: Final = 32768  # tokens that the pictures of cost go to
 
 
-def costs(config: SparseKConfig, num_layers: int, num_heads: int, context_length: int) -> Costs:
+def costs(
+    config: SparseKConfig,
+    num_layers: int,
+    num_heads: int,
+    context_length: int,
+    kept: KeptObserver | None = None,
+) -> Costs:
     """Scores that enter the softmax, for prompts of powers of two up to the model's context. Those of one
-    head are of a sparse layer; where K is given per layer, a mean over them."""
+    head are of a sparse layer; where K is given per layer, a mean over them.
+
+    Args:
+        kept: where that depends on the scores, what rows of `context_length` tokens keep.
+    """
     longest = min(context_length, LONGEST)
     lengths = [n for n in (2**i for i in range(32)) if _SHORTEST <= n < longest] + [longest]
-    one = replace(config, dense_layers=())
-    layers = [scores_used(one, n, num_layers, 1) for n in lengths]
-    models = [scores_used(config, n, num_layers, num_heads) for n in lengths]
+    full = [n * (n + 1) // 2 for n in lengths]
+    if kept is None:
+        one = replace(config, dense_layers=())
+        layers = [scores_used(one, n, num_layers, 1)[0] // num_layers for n in lengths]
+        models = [scores_used(config, n, num_layers, num_heads)[0] for n in lengths]
+    else:
+        layers, models = full.copy(), [n * num_layers * num_heads for n in full]
+        for i, n in enumerate(lengths):
+            if n >= config.min_context and kept.layers:
+                layers[i] = round(statistics.fmean(kept.scores(layer, n) for layer in kept.layers))
+                models[i] = round(num_heads * sum(kept.scores(layer, n) for layer in range(num_layers)))
     return Costs(
         lengths=tuple(lengths),
-        layer_dense=tuple(full // num_layers for _, full in layers),
-        layer_sparse=tuple(kept // num_layers for kept, _ in layers),
-        model_dense=tuple(full for _, full in models),
-        model_sparse=tuple(kept for kept, _ in models),
+        layer_dense=tuple(full),
+        layer_sparse=tuple(layers),
+        model_dense=tuple(n * num_layers * num_heads for n in full),
+        model_sparse=tuple(models),
         rule=rule_words(config),
         min_context=config.min_context,
         num_layers=num_layers,
@@ -44,8 +64,10 @@ def mean_keys(record: dict[str, Any]) -> float:
     `tune` counts them."""
     context, layers = record["context"], len(record["mass"])
     config = SparseKConfig.from_dict(record["config"])
-    if record.get("device") == "cuda":
-        config = on_gpu(config)
+    config = on_device(config, record.get("device", "cpu"))
+    if by_share(config, context) and record.get("top_k_used") is None:
+        dense = (context + 1) / 2
+        return statistics.fmean(dense if keys is None else keys for keys in record["kept"])
     if record.get("top_k_used") is not None:
         config = replace(config, top_k=record["top_k_used"])
     kept, _ = scores_used(config, context, layers, 1)

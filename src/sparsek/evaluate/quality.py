@@ -15,6 +15,7 @@ from ..bench.counts import top_k_used
 from ..bench.environment import environment
 from ..config import SparseKConfig, budget_name
 from ..engines.base import Engine, Part
+from ..integrations.observers import Observer
 from .attention_mass import LayerMass, MassObserver
 from .journal import Journal
 
@@ -185,9 +186,9 @@ def _measure(
 ) -> list[_Result]:
     """All passes side by side, chunk by chunk: no pass's logits are kept."""
     observers = [MassObserver() for _ in configs]
-    dense_pass = _pass(engine, windows.parts(window, None), None, advance)
+    dense_pass = observed_logits(engine, windows.parts(window, None), None, advance)
     sparse_passes = [
-        None if config is None else _pass(engine, windows.parts(window, config), observer, advance)
+        None if config is None else observed_logits(engine, windows.parts(window, config), observer, advance)
         for config, observer in zip(configs, observers, strict=True)
     ]
     following = torch.tensor(window[-windows.scored :])
@@ -220,10 +221,10 @@ def compare(dense: torch.Tensor, sparse: torch.Tensor, following: torch.Tensor) 
     return torch.stack([loss_dense, loss, kl, same], 1).cpu()
 
 
-def _pass(
-    engine: Engine, parts: list[Part], observer: MassObserver | None, advance: Callable[[int], None]
+def observed_logits(
+    engine: Engine, parts: list[Part], observer: Observer | None, advance: Callable[[int], None]
 ) -> Iterator[torch.Tensor]:
-    """The logits of one pass, its attention observed."""
+    """The logits of one pass over the parts, its attention observed."""
     total = sum(len(part.tokens) for part in parts)
     chunks, told = engine.logits(parts), 0
     while True:

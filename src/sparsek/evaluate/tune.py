@@ -3,7 +3,8 @@
 Cost is the number of keys a query attends to, a mean over all layers and rows (a dense layer pays for all).
 Four steps, each on the tuning text alone:
 
-1. One K for all layers: the smallest that meets the target, which is what there is to beat.
+1. One K for all layers: the smallest that meets the target, which is what there is to beat. And one share of
+   the softmax.
 2. The form: other sinks and windows at the same number of keys, and the other tail.
 3. Each layer: what it alone costs when it keeps little, and how its dropped mass falls with K.
 4. K by layer, so that every key is spent where it gains most: one price for all layers, bisected until what
@@ -27,13 +28,23 @@ from ..bench.timing import alternate, ratio
 from ..config import SparseKConfig, Tail, TopK
 from ..engines.base import Engine, Part, attending_layers, no_attention
 from ..kernels.break_even import prompt_is_dense
-from ..policy import on_gpu
+from ..policy import by_share, on_device
 from .journal import Journal
-from .quality import EvalRecord, Windows, compare, evaluate, perplexity, standard_error
+from .kept_keys import KeptObserver
+from .quality import (
+    EvalRecord,
+    Windows,
+    compare,
+    evaluate,
+    observed_logits,
+    perplexity,
+    standard_error,
+)
 from .sensitivity import DroppedMass, dropped_mass
 
 BUDGETS: Final = (0, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _UNIFORM: Final = tuple(k for k in BUDGETS if k >= 8)
+_SHARES: Final = (0.02, 0.01, 0.007, 0.005, 0.004, 0.003, 0.002, 0.0015, 0.001, 0.0007, 0.0005)
 _FORMS: Final = ((4, 32), (4, 16), (1, 16), (1, 8))  # sinks and windows tried beside the given one
 _OTHER_TAIL: Final[dict[Tail, Tail]] = {"none": "centroid", "centroid": "none"}
 _EVERY: Final = 4  # tokens of the tuning text that are predicted: one in so many
@@ -72,6 +83,16 @@ class Target:
         if self.max_ppl_ratio is not None:
             return f"perplexity ratio <= {self.max_ppl_ratio:g}"
         return f"speed-up >= {self.min_speedup:g}"
+
+    def is_met_by(self, p: Point) -> bool:
+        """Whether it is met with a standard error to spare."""
+        if self.max_kl is not None:
+            return p.kl + _MARGIN * p.kl_se <= self.max_kl
+        if self.max_ppl_ratio is not None:
+            return p.ppl_ratio + _MARGIN * p.ppl_ratio_se <= self.max_ppl_ratio
+        assert self.min_speedup is not None
+        assert p.speedup is not None
+        return p.speedup >= self.min_speedup
 
 
 @dataclass(frozen=True)
@@ -161,16 +182,17 @@ class Tuner:
             least = replace(self.form, top_k=BUDGETS[1], sinks=1, window=8, dense_layers=())
             self._must_be_met(self._measure("least", least))
         uniform = self._uniform()
+        self._one_share()
         form = self._best_form(uniform)
-        best = self._by_layer(form)
-        candidates = [p for p in self.points if self._is_met(p)]
+        self._by_layer(form)
+        candidates = [p for p in self.points if self.target.is_met_by(p)]
         if not candidates:
             self._must_be_met(min(self.points, key=self._distance))
-        answer = best if best is not None and self._is_met(best) else min(candidates, key=self._merit)
-        return self._record(answer, uniform if self._is_met(uniform) else None)
+        answer = min(candidates, key=self._merit)
+        return self._record(answer, uniform if self.target.is_met_by(uniform) else None)
 
     def _must_be_met(self, nearest: Point) -> None:
-        if not self._is_met(nearest):
+        if not self.target.is_met_by(nearest):
             raise ValueError(
                 f"no configuration reaches {self.target}; the best found is {self._value(nearest):.4g}, with "
                 f"{nearest.keys:.0f} keys a query"
@@ -181,22 +203,32 @@ class Tuner:
     def _uniform(self) -> Point:
         """The cheapest of `_UNIFORM` that meets the target (for a speed-up, the dearest)."""
         budgets = [k for k in _UNIFORM if k < self.windows.context / 2]
+        return self._cheapest("one K", [replace(self.form, top_k=k, min_share=0.0) for k in budgets])
+
+    def _one_share(self) -> Point:
+        """The same of `_SHARES`."""
+        return self._cheapest(
+            "one share", [replace(self.form, top_k="auto", min_share=share) for share in _SHARES]
+        )
+
+    def _cheapest(self, step: str, configs: list[SparseKConfig]) -> Point:
+        """Of configurations that keep more and more."""
         measured: dict[int, Point] = {}
 
         def point(i: int) -> Point:
             if i not in measured:
-                measured[i] = self._measure("one K", replace(self.form, top_k=budgets[i]))
+                measured[i] = self._measure(step, configs[i])
             return measured[i]
 
-        low, high = 0, len(budgets) - 1
+        low, high = 0, len(configs) - 1
         if self.target.min_speedup is not None:  # the largest K that is fast enough
             while low < high:
                 middle = (low + high + 1) // 2
-                low, high = (middle, high) if self._is_met(point(middle)) else (low, middle - 1)
+                low, high = (middle, high) if self.target.is_met_by(point(middle)) else (low, middle - 1)
         else:
             while low < high:
                 middle = (low + high) // 2
-                low, high = (low, middle) if self._is_met(point(middle)) else (middle + 1, high)
+                low, high = (low, middle) if self.target.is_met_by(point(middle)) else (middle + 1, high)
         return point(low)
 
     def _best_form(self, uniform: Point) -> SparseKConfig:
@@ -213,7 +245,7 @@ class Tuner:
         best = min(found, key=lambda p: p.kl)
         return SparseKConfig.from_dict(best.config)
 
-    def _by_layer(self, form: SparseKConfig) -> Point | None:
+    def _by_layer(self, form: SparseKConfig) -> None:
         curves = self._curves(form)
         alone = {layer: self._alone(layer, form) for layer in curves}
         top_k = form.top_k
@@ -246,7 +278,6 @@ class Tuner:
             return replace(form, top_k=tuple(budgets), dense_layers=tuple(sorted(dense)))
 
         low, high = -18.0, 0.0  # logarithms of the price: low is dear in keys, high cheap
-        best: Point | None = None
         seen: dict[SparseKConfig, Point] = {}
         for _ in range(_STEPS):
             middle = (low + high) / 2
@@ -254,15 +285,11 @@ class Tuner:
             if config not in seen:
                 seen[config] = self._measure("K by layer", config)
             point = seen[config]
-            met = self._is_met(point)
-            if met and (best is None or self._merit(point) < self._merit(best)):
-                best = point
             # A better quality is wanted when it is not met, or when speed is what is asked for and met.
-            if met == (self.target.min_speedup is None):
+            if self.target.is_met_by(point) == (self.target.min_speedup is None):
                 low = middle
             else:
                 high = middle
-        return best
 
     # ---- What they measure
 
@@ -323,7 +350,9 @@ class Tuner:
         window = self.windows.window(0)
         rows, followers = self._dense_rows(window), torch.tensor(window[1:])[::_EVERY]
         found, start = [], 0
-        for dense, chunk in zip(rows, self._logits(window, config), strict=True):
+        shares = by_share(on_device(config, self.engine.device), len(window))
+        observer = KeptObserver() if shares else None
+        for dense, chunk in zip(rows, self._logits(window, config, observer), strict=True):
             count = min(len(chunk), len(followers) - start)
             following = followers[start : start + count]
             found.append(compare(dense[:count], chunk[:count].log_softmax(-1).cpu(), following))
@@ -331,10 +360,8 @@ class Tuner:
         each = torch.cat(found)
         parts = [part for part in torch.split(each, _SEGMENT) if len(part) == _SEGMENT]
         ratio_ = perplexity(float((each[:, 1] - each[:, 0]).mean()))
-        counted = on_gpu(config) if self.engine.device == "cuda" else config
-        kept, _ = scores_used(counted, len(window), self.engine.num_layers, 1)
         return {
-            "keys": kept / (len(window) * self.engine.num_layers),
+            "keys": self._keys(config, observer, len(window)),
             "kl": float(each[:, 2].mean()),
             "kl_se": standard_error([float(part[:, 2].mean()) for part in parts]) or 0.0,
             "ppl_ratio": ratio_,
@@ -343,14 +370,24 @@ class Tuner:
             "speedup": self._speedup(window, config) if self.target.min_speedup is not None else None,
         }
 
+    def _keys(self, config: SparseKConfig, observer: KeptObserver | None, tokens: int) -> float:
+        """That a row attends to, a mean over rows and layers: counted, or as they were observed."""
+        layers = self.engine.num_layers
+        if observer is not None:
+            return sum(observer.scores(layer, tokens) for layer in range(layers)) / (tokens * layers)
+        kept, _ = scores_used(on_device(config, self.engine.device), tokens, layers, 1)
+        return kept / (tokens * layers)
+
     def _dense_rows(self, window: list[int]) -> list[torch.Tensor]:
         """Log-probabilities of dense attention, kept: every configuration is compared with them."""
         if not self._dense:
             self._dense = [chunk.log_softmax(-1).cpu() for chunk in self._logits(window, None)]
         return self._dense
 
-    def _logits(self, window: list[int], config: SparseKConfig | None) -> Any:
-        return self.engine.logits([Part(window, config, scored=_EVERY)])
+    def _logits(
+        self, window: list[int], config: SparseKConfig | None, observer: KeptObserver | None = None
+    ) -> Any:
+        return observed_logits(self.engine, [Part(window, config, scored=_EVERY)], observer, lambda _: None)
 
     def _speedup(self, window: list[int], config: SparseKConfig) -> float:
         def prompt(c: SparseKConfig | None) -> Callable[[], float]:
@@ -360,15 +397,6 @@ class Tuner:
         return ratio(dense, sparse)[0]
 
     # ---- The target
-
-    def _is_met(self, p: Point) -> bool:
-        if self.target.max_kl is not None:
-            return p.kl + _MARGIN * p.kl_se <= self.target.max_kl
-        if self.target.max_ppl_ratio is not None:
-            return p.ppl_ratio + _MARGIN * p.ppl_ratio_se <= self.target.max_ppl_ratio
-        assert self.target.min_speedup is not None
-        assert p.speedup is not None
-        return p.speedup >= self.target.min_speedup
 
     def _value(self, p: Point) -> float:
         if self.target.max_kl is not None:
@@ -403,7 +431,7 @@ class Tuner:
             tuned=asdict(answer),
             uniform=None if uniform is None else asdict(uniform),
             saved=None if uniform is None else 1 - answer.keys / uniform.keys,
-            met=self._is_met(answer),
+            met=self.target.is_met_by(answer),
             held=asdict(held),
             met_held=self._held_is_met(held),
             frontier=[asdict(p) for p in self.points],

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
-from ..config import SparseKConfig, parse_layers, parse_top_k
+from ..config import SparseKConfig, parse_layers, parse_share, parse_top_k
 
 _PREFIX: Final = "SPARSEK_"
 _FILE: Final = "SPARSEK_CONFIG"
@@ -77,6 +77,8 @@ def _value(name: str, text: str) -> Any:
         return parse_layers(text)
     if name in ("tail", "select"):
         return text
+    if name == "min_share":
+        return parse_share(text)
     if not (text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) <= _MOST):
         raise ValueError(f"{name} = {text!r}: must be a whole number from 0 to {_MOST}")
     return int(text)

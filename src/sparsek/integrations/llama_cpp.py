@@ -55,7 +55,9 @@ Tensor._fields_ = [
     ("data", c_void_p),
     ("name", c_char * 64),
 ]
-_OBSERVER: Final = ctypes.CFUNCTYPE(None, ctypes.POINTER(Tensor), c_int64, ctypes.POINTER(c_int64))
+_OBSERVER: Final = ctypes.CFUNCTYPE(
+    None, ctypes.POINTER(Tensor), c_int64, ctypes.POINTER(c_int64), ctypes.c_float
+)
 
 
 @dataclass(frozen=True)
@@ -161,11 +163,11 @@ def observed(observer: Observer, layers: Container[int] | None = None) -> Iterat
     measuring and verifying. What it raises is raised at the end of the block."""
     errors: list[BaseException] = []
 
-    def seen(op: Any, layer: int, rule: Any) -> None:
+    def seen(op: Any, layer: int, rule: Any, min_share: float) -> None:
         if errors or (layers is not None and layer not in layers):
             return
         try:
-            problem, out = _problem(op.contents, rule)
+            problem, out = _problem(op.contents, rule, min_share)
             observer(layer, problem, out)
         except BaseException as error:  # it cannot pass through the host
             errors.append(error)
@@ -180,7 +182,7 @@ def observed(observer: Observer, layers: Container[int] | None = None) -> Iterat
         raise errors[0]
 
 
-def _problem(op: Tensor, rule: Any) -> tuple[Problem, Any]:
+def _problem(op: Tensor, rule: Any, min_share: float) -> tuple[Problem, Any]:
     """An operation's inputs, copied, and its output."""
     q, k, v = (_array(op.src[i].contents) for i in range(3))
     mask = None
@@ -199,7 +201,7 @@ def _problem(op: Tensor, rule: Any) -> tuple[Problem, Any]:
         first_position=k.shape[2],  # what a row may see is in the mask alone
         scale=float(scale),
         softcap=float(softcap) or None,
-        rule=Rule(top_k, sinks, window, stride, "centroid" if tail else "none"),
+        rule=Rule(top_k, sinks, window, stride, "centroid" if tail else "none", min_share=min_share),
     )
     return problem, _array(op).swapaxes(1, 2)
 

@@ -1,11 +1,14 @@
-"""The compiled kernel: exact Sparse-K attention on the CPU, and dense attention for rules that keep all.
+"""The compiled kernel: Sparse-K attention on the CPU, and dense attention for rules that keep all.
 
 Every pair is scored in 8 bits; a bound on the error turns those scores into a few candidates that must
-contain the best K, and only these are scored exactly. cpp/src/kernel/sparse.h says why nothing is missed.
+contain the best K, or all with `min_share`, and only these are scored exactly. cpp/src/kernel/select.h and
+share.h say why nothing is missed. The K best are exact; a share is of an estimate of the softmax's sum, from
+what is always kept and the means of blocks, so that some keys more are kept than have it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -61,6 +64,7 @@ def attention(p: Problem, out: Array | None = None) -> Array:
         window=p.rule.window,
         stride=p.rule.stride,
         centroid_tail=p.rule.tail == "centroid",
+        min_share=p.rule.min_share,
         num_threads=_threads(p.q),
         index=None if p.index is None else p.index._core,
     )
@@ -70,9 +74,18 @@ def attention(p: Problem, out: Array | None = None) -> Array:
 def select(p: Problem) -> Selection:
     """The kept keys of every row."""
     xp = arrays.namespace(p.q)
-    width = p.rule.max_kept(p.num_keys)
-    indices = arrays.empty((*p.q.shape[:3], width), xp.int32, p.q)
     counts = arrays.empty(tuple(p.q.shape[:3]), xp.int32, p.q)
+    width = p.rule.most_kept(p.num_keys)
+    if width is None:
+        _select(p, None, counts)
+        width = int(counts.max()) if math.prod(counts.shape) else 0
+    indices = arrays.empty((*p.q.shape[:3], width), xp.int32, p.q)
+    _select(p, indices, counts)
+    return Selection(indices, counts, p.num_keys)
+
+
+def _select(p: Problem, indices: Array | None, counts: Array) -> None:
+    whole = p.whole or p
     _core.select(
         q=_rows(p.q),
         k=_rows(p.k),
@@ -82,13 +95,15 @@ def select(p: Problem) -> Selection:
         is_causal=p.is_causal,
         first_position=p.first_position,
         scale=p.scale,
+        softcap=p.softcap or 0.0,
         top_k=p.rule.top_k,
         sinks=p.rule.sinks,
         window=p.rule.window,
         stride=p.rule.stride,
+        min_share=p.rule.min_share,
+        whole_queries=_MAX_TOKENS if whole.index is not None else whole.num_queries,
         num_threads=_threads(p.q),
     )
-    return Selection(indices, counts, p.num_keys)
 
 
 def _only_forbids(mask: Array) -> bool:

@@ -47,7 +47,7 @@ def settled(p: Problem, backend: str = "auto") -> Problem:
     sequences need one. Parts of it are to be computed as the whole is."""
     if p.rule.or_dense:
         dense = backend == "auto" and break_even.dense_is_better(p)
-        p = p.with_rule(replace(p.rule, or_dense=False, top_k=p.num_keys if dense else p.rule.top_k))
+        p = p.with_rule(p.rule.dense(p.num_keys) if dense else replace(p.rule, or_dense=False))
     if p.starts is not None and _load("triton_prefill").why_not(p) is not None:
         p = p.with_mask()
     return p

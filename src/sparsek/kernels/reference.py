@@ -5,7 +5,8 @@ s_ij = softcap(scale * q_i . k_j) + mask_ij and the allowed keys A_i:
 
     always_i  allowed keys among the first `sinks` positions, the last `window` allowed positions up to p_i,
               and the allowed multiples of `stride`
-    topk_i    the `top_k` best allowed keys outside always_i; equal scores: the lower position first
+    topk_i    the `top_k` best allowed keys outside always_i; equal scores: the lower position first. With
+              `min_share`, of those that have at least this share of the row's softmax over A_i
     S_i       their union; out_i = sum_S e^s v / sum_S e^s
 
 With `select = "tile"` the rows of a tile, which are those at positions [tT, (t+1)T), and all heads of a key
@@ -17,7 +18,8 @@ head's group share one list and what is always kept:
               that is not filled yet), the start of the tile of e_i, the last key up to p_i that row i may
               see: the least floor(e_i / T) T of the rows that have such a key
     list_t    the `top_k` best keys outside always_t that some row may see, by the largest share of the
-              softmax that any row gives them: max of s_ij - log-sum-exp of row i
+              softmax that any row gives them: max of s_ij - log-sum-exp of row i. With `min_share`, of those
+              for which it is at least that
     S_i       what of always_t and list_t row i may see
 
 `tail = "centroid"` adds one term to both sums for each aligned block b of 64 keys that is wholly allowed:
@@ -31,6 +33,7 @@ tensors, in float64 or, for every smaller dtype, in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -56,6 +59,7 @@ class Chunk:
         raw: [B, Hkv, G, R, n], scale * q.k. scores: the same, capped and with the mask added.
         bias: the additive mask, broadcastable to `raw`, or None.
         allowed: bool, broadcastable to `raw`. kept: bool [B, Hkv, G, R, n].
+        always: bool, broadcastable to `raw`, those of `kept` that were not chosen by their scores.
     """
 
     rows: slice
@@ -64,6 +68,7 @@ class Chunk:
     bias: Array | None
     allowed: Array
     kept: Array
+    always: Array
 
 
 def why_not(_: Problem) -> str | None:
@@ -96,7 +101,7 @@ def select(p: Problem) -> Selection:
         kept[:, :, chunk.rows, : chunk.kept.shape[-1]] = chunk.kept.reshape(
             batch, heads, *chunk.kept.shape[3:]
         )
-    return Selection.from_kept(kept, p.rule.max_kept(p.num_keys))
+    return Selection.from_kept(kept, p.rule.most_kept(p.num_keys))
 
 
 def chunks(p: Problem) -> Iterator[Chunk]:
@@ -145,51 +150,67 @@ def _chunk(p: Problem, k: Array, rows: slice) -> Chunk:
             allowed = allowed & (bias > -xp.inf)
             scores = scores + bias
     if p.rule.tile:
-        kept = _kept_by_tiles(p, scores, allowed, reachable, rows, key)
+        kept, always = _kept_by_tiles(p, scores, allowed, reachable, rows, key)
     else:
-        kept = _kept(p, scores, allowed, reachable, key)
-    return Chunk(rows, raw, scores, bias, allowed, kept)
+        kept, always = _kept(p, scores, allowed, reachable, key)
+    return Chunk(rows, raw, scores, bias, allowed, kept, always)
 
 
-def _kept(p: Problem, scores: Array, allowed: Array, reachable: Array, key: Array) -> Array:
-    """S_i = always_i u topk_i, as a boolean matrix of the shape of `scores`."""
+def _kept(p: Problem, scores: Array, allowed: Array, reachable: Array, key: Array) -> tuple[Array, Array]:
+    """S_i = always_i u topk_i, as a boolean matrix of the shape of `scores`; and always_i."""
     xp = arrays.namespace(scores)
-    if p.keeps_all:
-        return xp.broadcast_to(allowed, scores.shape)
+    if p.keeps_all or scores.shape[-1] == 0:
+        allowed = xp.broadcast_to(allowed, scores.shape)
+        return allowed, allowed
     rule = p.rule
     past = allowed & reachable
     distance = xp.sum(past, -1)[..., None] - xp.cumsum(past, -1)  # allowed positions between j and p_i
     always = allowed & ((key < rule.sinks) | (past & (distance < rule.window)))
     if rule.stride:
         always = always | (allowed & (key % rule.stride == 0))
-    return always | _top_k(scores, allowed & ~always, rule.top_k)
+    candidates = allowed & ~always
+    if rule.min_share:
+        candidates = candidates & (log_share(scores, allowed) >= math.log(rule.min_share))
+    return always | _top_k(scores, candidates, rule.top_k), always
 
 
 def _kept_by_tiles(
     p: Problem, scores: Array, allowed: Array, reachable: Array, rows: slice, key: Array
-) -> Array:
-    """S_i = what of always_t u list_t row i may see, as a boolean matrix of the shape of `scores`."""
+) -> tuple[Array, Array]:
+    """S_i = what of always_t u list_t row i may see, as a boolean matrix of the shape of `scores`; and what
+    of always_t it may see."""
     xp = arrays.namespace(scores)
     allowed = xp.broadcast_to(allowed, scores.shape)
     if p.keeps_all or scores.shape[-1] == 0:
-        return allowed
+        return allowed, allowed
     rule = p.rule
     share = log_share(scores, allowed)
-    kept = arrays.full(scores.shape, False, xp.bool, scores)
-    start, num_rows = 0, scores.shape[3]
-    while start < num_rows:
-        position = p.first_position + rows.start + start
-        tile = slice(start, min(num_rows, start + rule.tile - position % rule.tile))
+    kept, of_rows = (arrays.full(scores.shape, False, xp.bool, scores) for _ in range(2))
+    for tile in tiles(p, rows):
+        position = p.first_position + rows.start + tile.start
         seen = allowed[:, :, :, tile]
         begin = _begin(seen & reachable[tile], key, position // rule.tile * rule.tile, rule.tile)
         always = (key < rule.sinks) | (key > begin[..., None] - max(rule.window, 1))
         if rule.stride:
             always = always | (key % rule.stride == 0)
         best = xp.amax(share[:, :, :, tile], (2, 3))
-        chosen = always | _top_k(best, seen.any(3).any(2) & ~always, rule.top_k)
+        candidates = seen.any(3).any(2) & ~always
+        if rule.min_share:
+            candidates = candidates & (best >= math.log(rule.min_share))
+        chosen = always | _top_k(best, candidates, rule.top_k)
         kept[:, :, :, tile] = seen & chosen[:, :, None, None]
-        start = tile.stop
-    return kept
+        of_rows[:, :, :, tile] = seen & always[:, :, None, None]
+    return kept, of_rows
+
+
+def tiles(p: Problem, rows: slice) -> Iterator[slice]:
+    """Of the rows of a chunk, counted from its first: those of one tile after another."""
+    start, num_rows = 0, rows.stop - rows.start
+    while start < num_rows:
+        position = p.first_position + rows.start + start
+        stop = min(num_rows, start + p.rule.tile - position % p.rule.tile)
+        yield slice(start, stop)
+        start = stop
 
 
 def _begin(past: Array, key: Array, start: int, tile: int) -> Array:
@@ -202,11 +223,18 @@ def _begin(past: Array, key: Array, start: int, tile: int) -> Array:
 def log_share(scores: Array, allowed: Array) -> Array:
     """log of the softmax over the allowed keys; -inf elsewhere."""
     xp = arrays.namespace(scores)
+    total = log_total(scores, allowed)[..., None]
+    return xp.where(allowed, scores - xp.where(total == -xp.inf, 0, total), -xp.inf)
+
+
+def log_total(scores: Array, allowed: Array) -> Array:
+    """log of the sum of e^s over the allowed keys of each row; -inf where there are none."""
+    xp = arrays.namespace(scores)
     scores = xp.where(allowed, scores, -xp.inf)
-    peak = xp.amax(scores, -1)[..., None]
-    peak = xp.where(peak == -xp.inf, 0, peak)
-    total = xp.sum(xp.exp(scores - peak), -1)[..., None]
-    return scores - peak - xp.log(xp.where(total == 0, 1, total))
+    peak = xp.amax(scores, -1)
+    finite = xp.where(peak == -xp.inf, 0, peak)
+    total = xp.sum(xp.exp(scores - finite[..., None]), -1)
+    return xp.where(peak == -xp.inf, -xp.inf, finite + xp.log(xp.where(total == 0, 1, total)))
 
 
 def _top_k(scores: Array, candidates: Array, top_k: int) -> Array:
@@ -236,7 +264,8 @@ def _attend(p: Problem, chunk: Chunk, v: Array) -> Array:
         return arrays.full((batch, kv_heads * group, num_rows, v.shape[-1]), 0, v.dtype, v)
     parts = [(xp.where(chunk.kept, chunk.scores, -xp.inf), v)]
     if p.rule.tail == "centroid" and not p.keeps_all and n >= BLOCK:
-        parts.append(_tail(p, chunk, v))
+        centroids = xp.swapaxes(_blocks(xp.swapaxes(v, 2, 3)).mean(-1), 2, 3)
+        parts.append((block_logits(p, chunk, chunk.kept), centroids))
     peak = arrays.maximum([xp.amax(logits, -1) for logits, _ in parts])[..., None]
     peak = xp.where(peak == -xp.inf, 0, peak)
     out: Array = 0
@@ -251,30 +280,30 @@ def _attend(p: Problem, chunk: Chunk, v: Array) -> Array:
     )
 
 
-def _tail(p: Problem, chunk: Chunk, v: Array) -> tuple[Array, Array]:
-    """One logit per row and block, log n + mean score of the n dropped keys (for tiles: of all keys):
-    [B, Hkv, G, R, Tk/64]; and the blocks' mean values [B, Hkv, Tk/64, Dv]."""
-    xp = arrays.namespace(v)
-    num_blocks = v.shape[2] // BLOCK
-
-    def blocks(x: Array) -> Array:
-        return x[..., : num_blocks * BLOCK].reshape(*x.shape[:-1], num_blocks, BLOCK)
+def block_logits(p: Problem, chunk: Chunk, kept: Array) -> Array:
+    """For each row and aligned block of 64 keys, log n + mean score of the n keys that are not in `kept` (for
+    tiles: of all keys): [B, Hkv, G, R, n/64]. -inf where there are none, or not all are allowed."""
+    xp = arrays.namespace(chunk.raw)
 
     def mean_score(x: Array) -> Array:
         if p.rule.tile:
-            return blocks(x).mean(-1)
-        return xp.sum(xp.where(dropped, blocks(x), 0), -1) / xp.where(count == 0, 1, count)
+            return _blocks(x).mean(-1)
+        return xp.sum(xp.where(dropped, _blocks(x), 0), -1) / xp.where(count == 0, 1, count)
 
-    allowed = blocks(chunk.allowed)
-    dropped = allowed & ~blocks(chunk.kept)
-    count = arrays.cast(xp.sum(dropped, -1), v.dtype)
+    allowed = _blocks(chunk.allowed)
+    dropped = allowed & ~_blocks(kept)
+    count = arrays.cast(xp.sum(dropped, -1), chunk.raw.dtype)
     mean = _softcap(mean_score(chunk.raw), p.softcap)
     if chunk.bias is not None:
         mean = mean + mean_score(chunk.bias)
     summarised = allowed.all(-1) & (count > 0)
-    logits = xp.where(summarised, mean + xp.log(xp.where(count == 0, 1, count)), -xp.inf)
-    centroids = v[:, :, : num_blocks * BLOCK].reshape(*v.shape[:2], num_blocks, BLOCK, v.shape[3]).mean(3)
-    return logits, centroids
+    return xp.where(summarised, mean + xp.log(xp.where(count == 0, 1, count)), -xp.inf)
+
+
+def _blocks(x: Array) -> Array:
+    """The last axis in aligned blocks of 64 keys, without what is left: [..., n/64, 64]."""
+    num_blocks = x.shape[-1] // BLOCK
+    return x[..., : num_blocks * BLOCK].reshape(*x.shape[:-1], num_blocks, BLOCK)
 
 
 def _softcap(scores: Array, cap: float | None) -> Array:

@@ -457,7 +457,7 @@ class DecodeIndex:
         best = torch.zeros_like(bins, dtype=torch.bool).scatter_(-1, order[..., : rule.top_k], True)
         kept = (best & candidate) | (seen & ((j < rule.sinks) | (j >= window)))
         kept = kept.repeat_interleave(q.shape[1] // self.kv_heads, 1)
-        return Selection.from_kept(kept[:, :, None], rule.max_kept(num_keys))
+        return Selection.from_kept(kept[:, :, None], rule.most_kept(num_keys))
 
 
 def _window(rule: Rule) -> dict[str, int]:

@@ -80,6 +80,7 @@ def _why_not_so(p: Problem) -> str | None:
     values = values_of(p)
     reasons = {
         f"the dtype is {dtype}": dtype not in _DTYPES,
+        "keys are chosen by their share": p.rule.min_share > 0,
         "attention is not causal": not p.is_causal and p.mask is None,
         "softcap is given": p.softcap is not None,
         "scale is negative": p.scale < 0,
@@ -293,7 +294,7 @@ class _Call:
             starts, stops = p.ranges
             kept |= (key >= self.of_tiles[:, tile - tile[0], 1, None])[:, None]
             kept &= ((key >= starts[..., None]) & (key < stops[..., None]))[:, None]
-        return Selection.from_kept(kept.repeat_interleave(self.group, 1), p.rule.max_kept(p.num_keys))
+        return Selection.from_kept(kept.repeat_interleave(self.group, 1), p.rule.most_kept(p.num_keys))
 
     # ---- The passes
 

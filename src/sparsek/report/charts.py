@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from ..config import budget_words
 from . import palette
 from .records import Record
 from .series import Costs, FrontierPoint, Line, budget_text
@@ -81,19 +82,20 @@ def speed(lines: Sequence[Line], ratios: Sequence[Line]) -> list[Picture]:
     ]
 
 
-def quality(ratios: Sequence[Line], divergences: Sequence[Line]) -> list[Picture]:
-    """Perplexity ratio and KL against K, with standard errors."""
+def quality(ratios: Sequence[Line], divergences: Sequence[Line], *, by_kept: bool = False) -> list[Picture]:
+    """Perplexity ratio and KL against K or the keys that rows keep, with standard errors."""
+    x = "keys that a row keeps" if by_kept else "K (keys)"
     log = all(low > 0 for line in divergences for low in line.low)
     return [
         _lines(
             "quality-perplexity",
             "Perplexity over dense",
-            "K (keys)",
+            x,
             "perplexity, dense = 1 (ratio)",
             ratios,
             level=1.0,
         ),
-        _lines("quality-kl", "Distance to dense", "K (keys)", "KL divergence (nats)", divergences, log=log),
+        _lines("quality-kl", "Distance to dense", x, "KL divergence (nats)", divergences, log=log),
     ]
 
 
@@ -184,14 +186,16 @@ def mass(record: Record) -> Picture:
         ((i, j) for i, row in enumerate(rows) if row for j in range(len(row))),
         key=lambda at: rows[at[0]][at[1]],
     )
+    chosen = budget_words(budget_text(record))
     alt = (
-        f"Heat map of {len(rows)} layers and {heads} heads at K = {budget_text(record)}: the mean is "
+        f"Heat map of {len(rows)} layers and {heads} heads at {chosen}: the mean is "
         f"{sum(values) / len(values):.3f}, the least {min(values):.3f} in layer {layer}, head {head}, the "
         f"most {max(values):.3f}."
         + (f" These layers keep every key: {', '.join(map(str, whole))}." if whole else "")
     )
-    title = f"Retained mass, K = {budget_text(record)}"
-    return Picture("mass", title, alt, figure, tips, least_width=round(max(330, 22 * heads)))
+    return Picture(
+        "mass", f"Retained mass, {chosen}", alt, figure, tips, least_width=round(max(330, 22 * heads))
+    )
 
 
 def frontier(points: Sequence[FrontierPoint]) -> list[Picture]:

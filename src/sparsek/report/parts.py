@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..config import budget_name, budget_words
 from . import charts, sentence_figures
 from .records import Record, Records
 from .series import (
     Costs,
     FrontierPoint,
-    budget,
+    budget_or_kept,
     budget_text,
+    chosen_words,
     frontier_of_tuning,
     prompts,
     qualities,
     rule_words,
+    some_by_share,
     sparse,
     speeds,
     speedups,
@@ -82,8 +85,9 @@ def _web(m: Material) -> Part:
     )
     chosen = f"This head was taken because, {a.chosen}. " if a.chosen else ""
     source = (
-        f"{chosen}The sentence has {a.size} tokens, so the rule is scaled down to it: K = {a.config.top_k}, "
-        f"{rule_words(a.config)}. Weights of the right picture are those of the softmax over the kept keys."
+        f"{chosen}The sentence has {a.size} tokens, so the rule is scaled down to it: "
+        f"{budget_words(budget_name(a.config))}, {rule_words(a.config)}. Weights of the right picture "
+        "are those of the softmax over the kept keys."
     )
     return Part("web", "The web of attention", text, sentence_figures.webs(a), source, command=_of(m, "web"))
 
@@ -92,8 +96,8 @@ def _scores(m: Material) -> Part:
     a = m.attention
     text = (
         "A score is the product of a query and a key, and the softmax makes weights of a row of them. "
-        "Squares mark the keys that Sparse-K keeps whatever their score is; dots mark the "
-        f"{a.config.top_k} best of the others in each row."
+        "Squares mark the keys that Sparse-K keeps whatever their score is; dots mark, of "
+        f"the others, the {chosen_words(a.config)}, in each row."
     )
     return Part("scores", "The scores, and the best of each row", text, [sentence_figures.scores(a)],
                 command=_of(m, "web"))  # fmt: skip
@@ -116,8 +120,9 @@ def _cost(m: Material) -> Part:
         "Both axes are logarithmic, so what grows with the square is a line twice as steep."
     )
     source = (
-        f"Counted with the configuration of this page: K = {m.top_k}, {c.rule}. Choosing the keys looks at "
-        "all pairs too, but in 8 bits; that pass is not counted here, its time is in the speeds below."
+        f"Counted with the configuration of this page: {budget_words(m.top_k)}, {c.rule}. Choosing "
+        "the keys looks at all pairs too, but in 8 bits; that pass is not counted here, its time is in the "
+        "speeds below."
     )
     if c.min_context > c.lengths[0]:
         source += f" Prompts below {c.min_context:,} tokens (min_context) keep everything."
@@ -173,7 +178,10 @@ def _quality(m: Material) -> Part:
         "errors."
     )
     ratios = qualities(used, "ppl_ratio", "ppl_ratio_se")
-    pictures = charts.quality(ratios, qualities(used, "kl_mean", "kl_se")) if ratios else []
+    pictures = []
+    if ratios:
+        divergences = qualities(used, "kl_mean", "kl_se")
+        pictures = charts.quality(ratios, divergences, by_kept=some_by_share(used))
     rows = [
         [
             r["model"],
@@ -191,7 +199,9 @@ def _quality(m: Material) -> Part:
     said = f"Windows of {contexts} tokens."
     if any(r["config"].get("min_context") == 0 for r in used):
         said += " With min_context 0: K is used at this length whatever the configuration's min_context is."
-    if any(budget(r) is None for r in used):
+    if some_by_share(used):
+        said += " Keys: what rows keep on average, with those that are always kept."
+    if any(budget_or_kept(r) is None for r in used):
         said += " Records that do not say what K = auto was are in the table alone."
     return Part("quality", "Quality against K", text, pictures, _source(m, "eval", used, said), titles, rows,
                 _of(m, "eval"))  # fmt: skip
@@ -209,8 +219,8 @@ def _mass(m: Material) -> Part:
         m,
         "eval",
         [record],
-        f"Rows sampled from {record['context']:,} tokens of {record['text']}; K = {budget_text(record)}, "
-        f"{rule_words(record['config'])}.",
+        f"Rows sampled from {record['context']:,} tokens of {record['text']}; "
+        f"{budget_words(budget_text(record))}, {rule_words(record['config'])}.",
     )
     rows = [
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -75,7 +76,10 @@ _MAY_BE: Final[dict[str, Any]] = {  # checked where they are
     "same_top": _POSSIBLE,
     "samples_ns": list,
     "top_k_used": (int, list, type(None)),
+    "kept_mean": _POSSIBLE,
+    "kept": list,
 }
+_BUDGET: Final = re.compile(r"auto|per layer|share [0-9.e-]{1,24}(, K (\d{1,10}|per layer))?", re.ASCII)
 _SIGNS: Final = {"bench": "avg_ts", "eval": "kl_mean", "tune": "frontier"}  # a field that no other kind has
 _POINT: Final[dict[str, Any]] = {
     "step": str,
@@ -196,7 +200,7 @@ def _check_fields(holder: Record, wanted: dict[str, Any], where: str) -> None:
         if isinstance(value, _NUMBER):
             good = good and low <= value <= high
         if name == "top_k" and isinstance(value, str):
-            good = value in ("auto", "per layer")
+            good = _BUDGET.fullmatch(value) is not None
         if name == "top_k_used" and isinstance(value, list):
             good = bool(value) and all(type(k) is int and 0 <= k <= _MOST_TOKENS for k in value)
         if not good:

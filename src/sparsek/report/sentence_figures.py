@@ -15,8 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, PathPatch, Rectangle
 from matplotlib.path import Path
 
+from ..config import budget_name, budget_words
 from . import palette
-from .series import rule_words
+from .series import chosen_words, rule_words
 from .svg import Picture, new_figure
 from .tensors import Matrix, SentenceAttention
 
@@ -31,10 +32,10 @@ def webs(a: SentenceAttention) -> list[Picture]:
         _web(a, "web-dense", f"Dense attention: {allowed} weights", a.dense, a.allowed, palette.DENSE,
              f"Arcs over {a.size} tokens of a sentence, one for each of the {allowed} pairs of query and key "
              f"of {place}; the stronger, the more weight."),
-        _web(a, "web-sparse", f"Sparse-K, K = {a.config.top_k}: {kept} weights", a.sparse, a.kept,
-             palette.SPARSE,
+        _web(a, "web-sparse", f"Sparse-K, {budget_words(budget_name(a.config))}: {kept} weights",
+             a.sparse, a.kept, palette.SPARSE,
              f"The same tokens with the {kept} arcs that Sparse-K keeps: for each query its "
-             f"{a.config.top_k} best keys, and what the rule always keeps ({rule_words(a.config)})."),
+             f"{chosen_words(a.config)}, and what the rule always keeps ({rule_words(a.config)})."),
     ]  # fmt: skip
 
 

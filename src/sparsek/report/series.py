@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import SparseKConfig, budget_range
+from ..config import SparseKConfig, budget_range, budget_words
 from ..policy import on_cpu
 from . import tables
 from .records import Record
@@ -96,7 +96,7 @@ def _bench_lines(records: Sequence[Record], add: Callable[[Line, Record], None])
         keyed.append(
             (
                 {
-                    "": "dense" if r["config"] is None else f"Sparse-K, K = {r['top_k']}",
+                    "": "dense" if r["config"] is None else f"Sparse-K, {budget_words(r['top_k'])}",
                     "rule": rule_words(r["config"]),
                     "model": r["model"],
                     "engine": r["engine"],
@@ -110,12 +110,13 @@ def _bench_lines(records: Sequence[Record], add: Callable[[Line, Record], None])
 
 
 def qualities(records: Sequence[Record], value: str, error: str) -> list[Line]:
-    """A field of `eval` records against K, with its standard error. Those that do not say what K was are left
-    out."""
+    """A field of `eval` records against K, with its standard error; where some are by share, against the keys
+    that rows keep. Those that do not say it are left out."""
+    place = kept_on_average if some_by_share(records) else budget
 
     def add(line: Line, r: Record) -> None:
         spread = r[error] or 0.0
-        k = budget(r)
+        k = place(r)
         if k is not None:
             line.add(k, r[value], r[value] - spread, r[value] + spread)
 
@@ -131,6 +132,7 @@ def _eval_words(r: Record) -> dict[str, str]:
         "text": r["text"],
         "context": f"{r['context']} tokens",
         "where": f"in {r['where']}",
+        "by": "by share" if r["config"] and budget(r) is None else "by K",
     }
 
 
@@ -162,16 +164,40 @@ def sparse(records: Sequence[Record]) -> list[Record]:
 
 
 def budget(record: Record) -> float | None:
-    """K as a number; a mean where it is given per layer. None where it was "auto" and the record, of an
-    earlier version, does not say what that was."""
+    """K as a number; a mean where it is given per layer. None by share, and where it was "auto" and the
+    record, of an earlier version, does not say what that was."""
+    if record["config"].get("min_share"):
+        return None
     used = record.get("top_k_used") or record["config"].get("top_k", "auto")
     budgets = used if isinstance(used, (list, tuple)) else [used]
     return None if "auto" in budgets else statistics.fmean(budgets)
 
 
+def kept_on_average(record: Record) -> float | None:
+    """The keys that rows keep, where the record says it."""
+    return record.get("kept_mean")
+
+
+def budget_or_kept(record: Record) -> float | None:
+    """`budget`, or by share `kept_on_average`. None where the record says neither."""
+    k = budget(record)
+    return kept_on_average(record) if k is None else k
+
+
+def some_by_share(records: Sequence[Record]) -> bool:
+    """Whether K alone does not say what each of these keeps."""
+    return any(budget(r) is None and kept_on_average(r) is not None for r in sparse(records))
+
+
 def budget_text(record: Record) -> str:
     """K as the record names it."""
     return tables.budget_text(record["top_k"], record.get("top_k_used"))
+
+
+def chosen_words(config: SparseKConfig) -> str:
+    """What a query chooses by score, as a phrase."""
+    number = "" if config.top_k == "auto" else f"{budget_range({'top_k': config.top_k})} best "
+    return f"{number}keys" + (f" that get {config.min_share:g} of the softmax" if config.min_share else "")
 
 
 def rule_words(config: dict[str, Any] | SparseKConfig | None) -> str:
@@ -213,12 +239,12 @@ def with_mass(records: Sequence[Record], top_k: int | str, rule: str) -> Record 
 def frontier_of_run(
     records: Sequence[Record], bench: Sequence[Record], keys: Callable[[Record], float]
 ) -> list[FrontierPoint]:
-    """Points of the `eval` records that say what K was. `keys` counts the keys of one. The speed-up is that
-    of the `bench` record of the same engine-independent rule, with a prompt as long as the context, where
-    there is one."""
+    """Points of the `eval` records that say what K was, or what rows keep. `keys` counts the keys of one. The
+    speed-up is that of the `bench` record of the same engine-independent rule, with a prompt as long as the
+    context, where there is one."""
     points = []
     # Without its mass, how many layers there are is not known.
-    counted = [r for r in sparse(records) if r["mass"] and budget(r) is not None]
+    counted = [r for r in sparse(records) if r["mass"] and budget_or_kept(r) is not None]
     for line, r in zip(_labels([(_eval_words(r), r) for r in counted]), counted, strict=True):
         speedup = next(
             (
@@ -232,7 +258,7 @@ def frontier_of_run(
             ),
             None,
         )
-        label = f"K = {budget_text(r)}"
+        label = budget_words(budget_text(r))
         points.append(FrontierPoint("eval", label, keys(r), r["kl_mean"], r["kl_se"] or 0.0, speedup, line))
     return points
 
@@ -241,7 +267,7 @@ def frontier_of_tuning(record: Record) -> list[FrontierPoint]:
     """The points that a tuning walked; the last is its answer."""
 
     def point(p: dict[str, Any], step: str) -> FrontierPoint:
-        k = budget_range(p["config"].get("top_k", "auto"))
-        return FrontierPoint(step, f"K = {k}", p["keys"], p["kl"], p["kl_se"], p["speedup"])
+        k = budget_words(budget_range(p["config"]))
+        return FrontierPoint(step, k, p["keys"], p["kl"], p["kl_se"], p["speedup"])
 
     return [*(point(p, p["step"]) for p in record["frontier"]), point(record["tuned"], "answer")]

@@ -63,6 +63,14 @@ def budget_text(top_k: int | str, used: int | list[int] | None) -> str:
     return f"auto ({used})" if top_k == "auto" and used is not None else str(top_k)
 
 
+def rule_text(top_k: int, min_share: float, num_keys: int) -> str:
+    """Which of so many keys one call keeps: a count, a share, or both."""
+    if not min_share:
+        return "all" if top_k >= num_keys else str(top_k)
+    share = f"share {min_share:g}"
+    return share if top_k >= num_keys else f"{share}, K {top_k}"
+
+
 def with_error(value: float, error: float | None) -> str:
     """`0.0123 ± 0.0004`; without an error the value alone."""
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"

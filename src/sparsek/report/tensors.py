@@ -138,12 +138,10 @@ def _observed(engine: Engine, tokens: list[int]) -> dict[int, Problem]:
 
 def _heads(problem: Problem, layer: int, head: int | None, config: SparseKConfig) -> list[SentenceAttention]:
     size = problem.num_keys
-    ruled = replace(problem, rule=resolve(config, size, layer=layer))
-    always = replace(ruled, rule=replace(ruled.rule, top_k=0))
-    (chunk,), (of_always,) = list(reference.chunks(ruled)), list(reference.chunks(always))
-    scores = _by_head(chunk.scores, chunk.scores.shape)
-    allowed = _by_head(chunk.allowed, chunk.scores.shape)
-    kept, sure = (_by_head(c.kept, chunk.scores.shape) for c in (chunk, of_always))
+    (chunk,) = reference.chunks(replace(problem, rule=resolve(config, size, layer=layer)))
+    scores, allowed, kept, always = (
+        _by_head(x, chunk.scores.shape) for x in (chunk.scores, chunk.allowed, chunk.kept, chunk.always)
+    )
     return [
         SentenceAttention(
             tokens=(),
@@ -152,7 +150,7 @@ def _heads(problem: Problem, layer: int, head: int | None, config: SparseKConfig
             scores=scores[number].astype(np.float64),
             allowed=allowed[number],
             kept=kept[number],
-            always=sure[number] & kept[number],
+            always=always[number],
             dense=_softmax(scores[number], allowed[number]),
             sparse=_softmax(scores[number], kept[number]),
             config=config,
