@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sparsek import SparseKConfig, recommend_k
 from sparsek.policy import (
+    AUTO_SHARE,
     NO_LIMIT,
     Recommendation,
     Rule,
@@ -145,7 +146,9 @@ def test_a_share_is_no_number() -> None:
     for config in (*shares, SparseKConfig(64, min_share=0.01)):
         assert by_share(config, 8192)
         assert fixed(config, 8192) == config
-    counts = SparseKConfig(), SparseKConfig(64), SparseKConfig((8, "auto"), select="tile")
+    tiles = SparseKConfig((8, "auto"), select="tile")
+    assert [by_share(tiles, n) for n in (8192, 8193)] == [False, True]
+    counts = SparseKConfig(), SparseKConfig(64), SparseKConfig((8, 16), select="tile")
     assert not any(by_share(config, 131072) for config in counts)
 
 
@@ -156,19 +159,16 @@ def test_on_a_gpu_lists_of_tiles_are_longer() -> None:
     for config in (SparseKConfig(select="tile"), SparseKConfig(select="query"), SparseKConfig.pure(64)):
         assert on_gpu(config) == config
     assert fixed(SparseKConfig(), 8192, "cuda").top_k == 384
-    assert fixed(SparseKConfig(), 8193, "cuda").top_k == 512
-    assert fixed(SparseKConfig(), 16384, "cuda").top_k == 512
-    assert fixed(SparseKConfig(), 16385, "cuda").top_k == 768
-    assert fixed(SparseKConfig(), 32769, "cuda").top_k == 1024
+    assert fixed(SparseKConfig(), 8193, "cuda").top_k == "auto"
     assert fixed(SparseKConfig(), 8192, "cpu").top_k == 96
 
 
 def test_a_share_is_a_rule_of_its_own_and_a_count_its_limit() -> None:
     tiles = SparseKConfig(select="tile", dense_layers=(1,))
-    shares = replace(tiles, min_share=0.004)
-    rule = resolve(shares, 8192, layer=0)
-    assert (rule.min_share, rule.top_k, rule.keeps_all(8192)) == (0.004, NO_LIMIT, False)
-    assert rule == resolve(shares, 8193, layer=0)  # nothing in it goes by the number of keys
+    assert (resolve(tiles, 8192, layer=0).min_share, resolve(tiles, 8192, layer=0).top_k) == (0.0, 384)
+    rule = resolve(tiles, 8193, layer=0)
+    assert (rule.min_share, rule.top_k, rule.keeps_all(8193)) == (AUTO_SHARE, NO_LIMIT, False)
+    assert rule == resolve(tiles, 8194, layer=0)  # nothing in it goes by the number of keys
     assert resolve(tiles, 8192, layer=1).keeps_all(8192)
     assert resolve(tiles, 100).keeps_all(100)
     counted = resolve(replace(tiles, top_k=500), 8192)

@@ -12,8 +12,11 @@ from .config import SparseKConfig, Tail, TopK
 
 AUTO_STEP = 16
 AUTO_MIN = 32
-# One list for a tile: up to so many tokens, so many keys.
-_AUTO_LISTS = ((8192, 384), (16384, 512), (32768, 768), (math.inf, 1024))
+# "auto" for the lists of tiles: up to so many tokens a count, beyond it those keys that get this share of the
+# softmax of some row of the tile. Kernels keep about what 0.0025 would, for their sums are too low.
+_AUTO_LIST = 384
+_AUTO_LIST_TOKENS = 8192
+AUTO_SHARE = 0.004
 NO_LIMIT = 2**31 - 1  # of a count
 _LIST_PER_K = 6  # about as good as K for each query: docs/choosing-k.md
 _LONGEST_LIST = 2048  # that the GPU kernels take
@@ -137,12 +140,7 @@ def _auto(config: SparseKConfig, context_length: int) -> tuple[int, float]:
         return NO_LIMIT, config.min_share
     if config.select != "tile":
         return auto_top_k(context_length), 0.0
-    return auto_list(context_length), 0.0
-
-
-def auto_list(context_length: int) -> int:
-    """Keys of the list of a tile."""
-    return next(keys for tokens, keys in _AUTO_LISTS if context_length <= tokens)
+    return (_AUTO_LIST, 0.0) if context_length <= _AUTO_LIST_TOKENS else (NO_LIMIT, AUTO_SHARE)
 
 
 def auto_top_k(context_length: int) -> int:

@@ -3,6 +3,7 @@ Triton's interpreter, which runs one program after the other and so wants small 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ DEVICE = "cuda" if ON_CARD else "cpu"
 DTYPES = [torch.float16, torch.bfloat16] if ON_CARD else [torch.float16]
 ERROR = {torch.float16: 1e-3, torch.bfloat16: 6e-3}  # of the whole output, relative: about 2x PyTorch's own
 TILES = SparseKConfig(select="tile", top_k=16, min_context=0, dense_layers=())
+SHARES = replace(TILES, top_k="auto", min_share=0.02)
 
 
 def problem(
@@ -36,7 +38,7 @@ def problem(
     factor: float = 1.5,
     **changed: Any,
 ) -> Problem:
-    """Causal; keys have a common part, as those of models do."""
+    """Causal; keys have a common part, as in models, and half of the dimensions most of the energy."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -45,6 +47,9 @@ def problem(
     q = normal(batch, heads[0], queries, sizes[0]) * factor
     k = normal(batch, heads[1], keys, sizes[0]) + 2 * normal(batch, heads[1], 1, sizes[0])
     v = normal(batch, heads[1], keys, sizes[1])
+    weak = torch.arange(sizes[0]) % 2 == 1
+    if sizes[0] > 64:
+        q, k = q * torch.where(weak, 0.5, 1), k * torch.where(weak, 0.5, 1)
     q, k, v = (x.to(dtype).to(DEVICE) for x in (q, k, v))
     return replace(make_problem(q, k, v, config=config, is_causal=True), **changed)
 
@@ -75,6 +80,10 @@ def poisoned(p: Problem) -> triton_prefill._Call:
     return call
 
 
+def with_rule(p: Problem, **fields: Any) -> Problem:
+    return replace(p, rule=replace(p.rule, **fields))
+
+
 def of_tiles(p: Problem, kept: torch.Tensor) -> list[list[int]]:
     """How many keys any row of a tile keeps, of each tile and each key head."""
     tile = (torch.arange(p.num_queries) + p.first_position) // p.rule.tile
@@ -93,11 +102,37 @@ def assert_right(p: Problem, *, same: float = 0.6, same_counts: bool = True) -> 
     assert error <= ERROR[p.q.dtype]
     wanted = reference.select(exact)
     kept, own = selection.to_mask(), wanted.to_mask()
+    none = reference.select(with_rule(exact, top_k=0, min_share=0.0)).to_mask()
+    verify(p, out, backend="triton_prefill")
+    if p.rule.min_share:
+        assert (kept & none).sum() == none.sum()
+        assert_shares(exact, kept & ~none, none)
+        return out
     assert of_tiles(p, kept) == of_tiles(p, own)
     assert torch.equal(selection.counts, wanted.counts) or not same_counts
-    listed = own & ~reference.select(replace(exact, rule=replace(p.rule, top_k=0))).to_mask()
+    listed = own & ~none
     assert (kept & listed).sum() >= same * listed.sum()
     return out
+
+
+def assert_shares(p: Problem, kept: torch.Tensor, always: torch.Tensor) -> None:
+    """Kept is what some row of the tile gives `min_share`, within a factor of three, which 8 bits and the
+    estimate of the sum can make of it."""
+    share = torch.full_like(kept, -torch.inf, dtype=torch.float64)
+    seen = torch.zeros_like(kept)
+    for chunk in reference.chunks(p):
+        n = chunk.scores.shape[-1]
+        allowed = torch.broadcast_to(chunk.allowed, chunk.scores.shape)
+        share[:, :, chunk.rows, :n] = reference.log_share(chunk.scores, allowed).flatten(1, 2)
+        seen[:, :, chunk.rows, :n] = allowed.flatten(1, 2)
+    tile = (torch.arange(p.num_queries) + p.first_position) // p.rule.tile
+    groups = p.k.shape[1], -1
+    for t in tile.unique():
+        best = share[:, :, tile == t].unflatten(1, groups).amax((2, 3)).exp()[:, :, None, None]
+        of_tile, rest = (x[:, :, tile == t].unflatten(1, groups) for x in (kept, seen & ~always))
+        assert not (of_tile & (best < p.rule.min_share / 3)).any()
+        assert (of_tile | ~rest | (best < 3 * p.rule.min_share)).all()
+        assert torch.equal(of_tile, rest & of_tile.any(3, keepdim=True).any(2, keepdim=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,8 +152,29 @@ def assert_right(p: Problem, *, same: float = 0.6, same_counts: bool = True) -> 
         (TILES, {"heads": (1, 1), "queries": 1, "keys": 150, "sizes": (128, 128)}),
         (TILES, {"heads": (1, 1), "queries": 64, "keys": 200, "sizes": (256, 256)}),
         (TILES, {"heads": (4, 2), "queries": 100, "keys": 170, "sizes": (96, 96)}),
+        (SHARES, {}),
+        (replace(SHARES, tile=32), {"heads": (3, 1), "queries": 70, "keys": 200, "sizes": (64, 48)}),
+        (
+            replace(SHARES, sinks=0, window=0, tail="none"),
+            {"batch": 2, "heads": (2, 2), "queries": 33, "keys": 333, "sizes": (80, 16)},
+        ),
+        (replace(SHARES, sinks=40, window=40), {"heads": (16, 1), "queries": 40, "keys": 300}),
+        (SHARES, {"heads": (1, 1), "queries": 1, "keys": 150, "sizes": (128, 128)}),
+        (SHARES, {"heads": (4, 1), "queries": 200, "keys": 500, "sizes": (256, 256), "factor": 0.3}),
+        (replace(SHARES, min_share=1e-9), {"heads": (1, 1), "queries": 64, "keys": 200, "sizes": (256, 256)}),
     ],
-    ids=["plain", "gqa of 3", "no tail", "gqa of 16", "one row", "large heads", "heads of 96"],
+    ids=[
+        *("plain", "gqa of 3", "no tail", "gqa of 16", "one row", "large heads", "heads of 96"),
+        *(
+            "share",
+            "share, gqa of 3",
+            "share, no tail",
+            "share, gqa of 16",
+            "share, one row",
+            "share, large heads",
+            "share, all",
+        ),
+    ],
 )
 def test_agrees_with_the_reference(config: SparseKConfig, shape: dict[str, Any], dtype: torch.dtype) -> None:
     assert_right(problem(config, dtype=dtype, **shape))
@@ -156,8 +212,16 @@ def sliding(position: torch.Tensor, key: torch.Tensor, size: int) -> torch.Tenso
         (packed(*END, (300,)), TILES, {"heads": (16, 1)}),
         (SHORT[1] <= SHORT[0].where(SHORT[0] % 70 > 65, -1), TILES, {}),
         ((SHORT[1] < 100).expand(1, 130)[:, None], TILES, {}),
+        (padded_left(*WHOLE), SHARES, {"batch": 2, "heads": (4, 2)}),
+        (padded_right(*WHOLE), replace(SHARES, tile=32), {"batch": 2, "heads": (3, 1)}),
+        (packed(*WHOLE, (40, 192, 250)), replace(SHARES, window=70), {"heads": (4, 1)}),
+        (packed(*END, (300,)), SHARES, {"heads": (16, 1)}),
+        (SHORT[1] <= SHORT[0].where(SHORT[0] % 70 > 65, -1), SHARES, {}),
     ],
-    ids=["left", "right", "right, not all queries", "packed", "packed, gqa of 16", "empty rows", "one row"],
+    ids=[
+        *("left", "right", "right, not all queries", "packed", "packed, gqa of 16", "empty rows", "one row"),
+        *("share, left", "share, right", "share, packed", "share, packed, gqa of 16", "share, empty rows"),
+    ],
 )
 def test_masks(seen: torch.Tensor, config: SparseKConfig, shape: dict[str, Any], dtype: torch.dtype) -> None:
     queries, keys = seen.shape[-2:]
@@ -217,8 +281,8 @@ def test_masks_with_groups_and_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     p = masked(packed(*WHOLE, (77, 200)), config, queries=270, keys=270)
     want = poisoned(p).selection()
     monkeypatch.setattr(triton_prefill, "_ALL_AT_ONCE", 0)
-    monkeypatch.setattr(triton_prefill, "_SLAB_BYTES", 1)
-    assert poisoned(p).grouped
+    monkeypatch.setattr(triton_prefill, "_SLAB_OF_COUNTS", 1)
+    assert (poisoned(p).grouped, poisoned(p).slab) == (True, 1)
     assert torch.equal(poisoned(p).selection().indices, want.indices)
 
 
@@ -239,12 +303,82 @@ def test_before_8_bits_keys_are_chosen_in_16(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(("group", "size"), [(3, 64), (2, 12), (7, 128), (3, 96)])
 def test_channels_and_heads_that_do_not_exist_are_zero(group: int, size: int, dtype: torch.dtype) -> None:
     call = poisoned(problem(heads=(group, 1), queries=70, keys=70, sizes=(size, size), dtype=dtype))
-    call.choose()
-    of_heads = call.low_q.float().unflatten(2, (call.group_slots, call.positions))
-    assert not of_heads[:, :, group:].any()
+    next(call.choose())
+    of_heads = call.low_q.float().unflatten(2, (-1, call.group_slots, call.positions)).flatten(1, 2)
+    picked = min(size, call.low.shape[-1] - 3)
+    assert not of_heads[:, :, group:, :, :-3].any()
+    assert (of_heads[:, :, group:, :, -3] < -200).all()  # a threshold that no key is above
     for x in (of_heads, call.low.float(), call.low_mean.float()):
-        assert not x[..., size:].any()
-        assert x[..., :size].any()
+        assert not x[..., picked:-3].any()
+        assert x[..., :picked].any()
+    assert (call.low.float()[..., -3:] == torch.tensor([128, 8, 0.5], device=DEVICE)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("group", "size", "keys"),
+    [(4, 64, 700), (4, 128, 700), (4, 256, 700), (1, 256, 300), (16, 128, 300), (3, 40, 300), (2, 96, 1000)],
+)
+def test_every_number_that_scoring_reads_and_every_bit_it_writes(
+    group: int, size: int, keys: int, dtype: torch.dtype
+) -> None:
+    """Beside PyTorch, number by number: a wrong threshold shows in no output but as a longer list. (The
+    interpreter rounds ties up, and some numbers below a power of two to half of that.)"""
+    p = problem(SHARES, heads=(group, 1), queries=200, keys=keys, sizes=(size, 16), dtype=dtype, factor=0.5)
+    call = poisoned(p)
+    next(call.choose())
+    picked = min(size, call.low.shape[-1] - 3)
+    dims, centre = call.picked[0, :picked].long(), call.centre[0, :picked]
+    key_unit, query_unit, seen = call.units[0]
+
+    def low(x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(-14, 14).to(torch.float8_e4m3fn).float()
+
+    def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+        close = torch.isclose(found, expected, rtol=0.13, atol=2e-3)  # the next number of 8 bits
+        assert close.double().mean() >= (1 if ON_CARD else 0.85), (found[~close], expected[~close])
+        assert (found == expected).double().mean() >= 0.85
+
+    k = p.k[0, 0].float()[:, dims]
+    assert_same(call.low[0, :keys, :picked].float(), low((k - centre) * key_unit))
+    means = k[: keys // 64 * 64].unflatten(0, (-1, 64)).mean(1)
+    of_means = call.low_mean[0, : len(means), :picked].float()
+    assert_same(of_means, low((means - centre) * key_unit))
+
+    rows = call.low_q[0].float().unflatten(1, (-1, call.group_slots, call.positions))[:, :, :group]
+    rows = rows.permute(2, 0, 1, 3, 4).flatten(1, 3)  # [heads, positions of the tiles, slots]
+    before = call.first % p.rule.tile
+    rows = rows[:, before : before + p.num_queries]
+    assert_same(rows[..., :picked], low(p.q[0].float()[..., dims] * query_unit))
+
+    factor = p.scale * math.log2(math.e) / (key_unit * query_unit)
+    scores, of_blocks = (
+        (rows[..., :picked] @ x.T) * factor for x in (call.low[0, :keys, :picked].float(), of_means)
+    )
+    position = torch.arange(p.num_queries, device=DEVICE)[:, None] + call.first
+    key = torch.arange(keys, device=DEVICE)
+    start = position // call.positions * call.positions  # of the row's program
+    block = ((start - 63) // 64).clamp(min=1)
+    by_key = (key <= position) & ((key < 64) | (key >= 64 * block))
+    by_mean = (key[: len(means)] >= 1) & (key[: len(means)] < block)
+    terms = [scores.masked_fill(~by_key, -torch.inf), (of_blocks + 6).masked_fill(~by_mean, -torch.inf)]
+    least = torch.cat(terms, 2).mul(math.log(2)).logsumexp(2) / math.log(2) + math.log2(p.rule.min_share)
+    least = torch.where(least > 0, least * seen, least)
+    threshold = -(rows[..., -3:] * torch.tensor([128, 8, 0.5], device=DEVICE)).sum(-1) * factor
+    chooses = (position >= p.rule.tile)[:, 0]  # others have nothing before their window
+    torch.testing.assert_close(threshold[:, chooses], least[:, chooses], rtol=0, atol=0.03)
+
+    above = scores - threshold[..., None]
+    assert call.bits is not None
+    for t in range(call.tiles):
+        of_tile = (position // p.rule.tile == call.first // p.rule.tile + t)[:, 0]
+        window = max(0, (call.first // p.rule.tile + t) * p.rule.tile - p.rule.window + 1)
+        best = above[:, of_tile, 4:window].amax((0, 1)) if window > 4 else above.new_empty(0)
+        words = call.bits[0, t, 0, : -(-keys // 32)]
+        bits = ((words[:, None] >> torch.arange(32, device=DEVICE)) & 1).flatten()[4:][: len(best)] > 0
+        clear = best.abs() > 0.05  # of the others rounding decides
+        assert clear.sum() >= 0.5 * len(best)
+        assert torch.equal(bits[clear], best[clear] > 0)
 
 
 @pytest.mark.skipif(not ON_CARD, reason="needs 9 GB of a GPU's memory")
@@ -323,13 +457,59 @@ def test_groups_of_sinks_take_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(triton_prefill.select(p).counts, reference.select(in_float64(p)).counts)
 
 
-def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    p = problem(replace(TILES, tile=32))
+@pytest.mark.parametrize("config", [TILES, SHARES], ids=["count", "share"])
+def test_slabs_change_nothing(config: SparseKConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(replace(config, tile=32))
     want = triton_prefill.attention(p)
-    monkeypatch.setattr(triton_prefill, "_SLAB_BYTES", 1)
+    for least in ("_SLAB_BYTES", "_SLAB_OF_COUNTS"):
+        monkeypatch.setattr(triton_prefill, least, 1)
     call = poisoned(p)
     assert call.slab == 1
     assert torch.equal(call.run(), want)
+
+
+def test_a_list_that_has_no_room_is_read_from_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(replace(SHARES, min_share=1e-4), heads=(4, 2), queries=200, keys=300)
+    want = poisoned(p).selection()
+    monkeypatch.setattr(triton_prefill, "_LEAST_ROOM", 16)
+    call = poisoned(p)
+    assert call.room < want.counts.max()
+    assert torch.equal(call.selection().indices, want.indices)
+    assert_right(p)
+
+
+def test_heads_whose_dimensions_are_all_alike_keep_as_many() -> None:
+    """A rotation of queries and keys changes no score, but half of the dimensions then show half of each."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 64, 128, generator=generator), torch.randn(1, 2000, 128, generator=generator)
+    size = torch.linspace(1.2, 0.1, 128)
+    turned = torch.linalg.qr(torch.randn(128, 128, generator=generator))[0]
+    config = replace(TILES, top_k="auto", min_share=0.004)
+    counts = []
+    for rotation in (torch.eye(128), turned):
+        rows = [(x * size @ rotation)[None].half().to(DEVICE) for x in (q, k)]
+        p = make_problem(rows[0], rows[1], rows[1], config=config, is_causal=True)
+        counts.append(int(triton_prefill.select(p).counts.sum()))
+        verify(p, triton_prefill.attention(p), backend="triton_prefill")
+    assert 2 * 64 * 200 < counts[0] < 2 * 64 * 1000
+    assert 0.8 < counts[1] / counts[0] < 1.3
+
+
+def test_a_count_limits_a_share() -> None:
+    few = problem(replace(SHARES, min_share=1e-4, top_k=8))
+    counted = with_rule(few, min_share=0.0)
+    assert_right(counted)
+    assert torch.equal(triton_prefill.select(few).to_mask(), triton_prefill.select(counted).to_mask())
+    many, alone = problem(replace(SHARES, top_k=100)), problem(SHARES)
+    assert torch.equal(triton_prefill.select(many).counts, triton_prefill.select(alone).counts)
+    always = reference.select(with_rule(alone, top_k=0, min_share=0.0)).to_mask()
+    every = triton_prefill.select(alone).to_mask() & ~always
+    limit = max(max(lengths) for lengths in of_tiles(alone, every)) // 2
+    some = triton_prefill.select(problem(replace(SHARES, top_k=limit))).to_mask() & ~always
+    assert not (some & ~every).any()
+    wanted = [[min(limit, length) for length in lengths] for lengths in of_tiles(alone, every)]
+    assert of_tiles(alone, some) == wanted
+    assert wanted != of_tiles(alone, every)
 
 
 def test_the_same_twice() -> None:
@@ -404,7 +584,6 @@ RANGE = "the mask is not one range of keys for each row"
         ({"rule": replace(problem().rule, tile=0)}, "each query chooses its own keys"),
         ({"rule": replace(problem().rule, top_k=130)}, "the rule keeps everything"),
         ({"rule": replace(problem().rule, stride=3)}, "stride is given"),
-        ({"rule": replace(problem().rule, min_share=0.1)}, "keys are chosen by their share"),
         ({"is_causal": False}, "attention is not causal"),
         ({"softcap": 30.0}, "softcap is given"),
         ({"mask": ~torch.eye(130, dtype=torch.bool)[None, None]}, RANGE),

@@ -43,8 +43,6 @@ class Layer(SparseLayer, FlashAttentionImpl):  # type: ignore[misc]
         return f"FLASH_ATTN {self.vllm_flash_attn_version}"
 
     def why_not_readable(self, layer: Any, kv_cache: torch.Tensor) -> str | None:  # noqa: ARG002
-        if self.sparsek is not None and self.sparsek.min_share:
-            return "min_share is given, and the kernels for GPUs keep a number of keys"
         expected = (2, self.num_kv_heads, self.head_size)
         if kv_cache.ndim != 5 or (kv_cache.shape[1], *kv_cache.shape[3:]) != expected:
             return (

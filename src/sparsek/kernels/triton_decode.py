@@ -7,7 +7,8 @@ bits and the means of blocks of 64 keys and values, an eighth of the cache's byt
     append   new keys into the index
     survey   scores of the means of blocks; log-sum-exp of every row, estimated
     score    every key: the largest share of the softmax that a row gives it; a histogram of the shares
-    attend   softmax over those of the `top_k` best keys, and the means of those blocks, that are in a part;
+    attend   softmax over those of the `top_k` best keys, or of those that have `min_share`, and the means of
+             those blocks, that are in a part;
              in a part of its own over the sinks and the window
     combine  the parts
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -44,6 +46,7 @@ _CHUNKS: Final = (1024, 2048)  # least and most keys of a part
 _PARTS: Final = 512  # that fill a card
 _MEANS: Final = 128  # blocks of a part of `survey`
 _BINS: Final = 512
+_MOST: Final = 1 << 30  # as good as no limit of a count
 _PER_BIT: Final = 16
 _COLUMNS: Final = 16
 _SAMPLE: Final = 2048  # keys that centres and units are taken from
@@ -404,8 +407,8 @@ class DecodeIndex:
             self.of_part, self.lists, self.peaks, self.totals, self.sums,
             *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], self.kv_heads, self.capacity, step.scale,
             **self._sizes(group), **self._values_sizes(), **_window(rule), SINKS=rule.sinks,
-            K=rule.top_k, TAIL=rule.tail == "centroid", CHUNK=self.chunk, PARTS=power_of_2(self.parts),
-            **_ATTEND, **self._follows(),
+            K=min(rule.top_k, _MOST), LAST=_last_bin(rule), TAIL=rule.tail == "centroid", CHUNK=self.chunk,
+            PARTS=power_of_2(self.parts), **_ATTEND, **self._follows(),
         )  # fmt: skip
         self.kernels.combine[group, lanes](
             self.peaks, self.totals, self.sums, step.lengths, step.starts, out, *out.stride()[:2],
@@ -450,14 +453,20 @@ class DecodeIndex:
         starts, lengths = (x.long()[:, None, None] for x in (step.starts, step.lengths))
         window = ((lengths - 1) // rule.tile * rule.tile - max(rule.window, 1) + 1).clamp_min(0)
         seen = (j >= starts) & (j < lengths)
-        candidate = seen & (j >= rule.sinks) & (j < window)
         shares = self.shares.view(self.batch, self.kv_heads, -1)[..., :num_keys].float()
         bins = (shares * -_PER_BIT).clamp(0, _BINS - 1).long()
+        candidate = seen & (j >= rule.sinks) & (j < window) & (bins <= _last_bin(rule))
         order = torch.where(candidate, bins * num_keys + j, _BINS * num_keys).argsort(-1)
         best = torch.zeros_like(bins, dtype=torch.bool).scatter_(-1, order[..., : rule.top_k], True)
         kept = (best & candidate) | (seen & ((j < rule.sinks) | (j >= window)))
         kept = kept.repeat_interleave(q.shape[1] // self.kv_heads, 1)
         return Selection.from_kept(kept[:, :, None], rule.most_kept(num_keys))
+
+
+def _last_bin(rule: Rule) -> int:
+    """The last bin that has keys with the share that is wanted."""
+    last = _BINS - 1
+    return min(last, int(-math.log2(rule.min_share) * _PER_BIT)) if rule.min_share else last
 
 
 def _window(rule: Rule) -> dict[str, int]:

@@ -220,18 +220,19 @@ def _bin(share):
 @triton.jit
 def _chosen(
     shares, histogram, of_part, which, part, parts, capacity, start, window,
-    SINKS: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
+    SINKS: tl.constexpr, K: tl.constexpr, LAST: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Which keys of a chunk are among the K best, as a matrix with a row for each block, and their places in
-    a list. The histogram tells where the K-th best is; of equals the first are taken."""
+    """Which keys of a chunk are among the K best and in bins up to the LAST, as a matrix with a row for each
+    block, and their places in a list. The histogram tells where the K-th best is; of equals the first are
+    taken."""
     bins = tl.arange(0, BINS)
     up_to = tl.cumsum(tl.load(histogram + which * BINS + bins), 0)
-    edge = tl.sum((up_to < K).to(tl.int32), 0)  # the bin of the K-th best
+    edge = tl.minimum(tl.sum((up_to < K).to(tl.int32), 0), LAST + 1)  # the bin of the K-th best
     room = K - tl.max(tl.where(bins < edge, up_to, 0), 0)
     p = tl.arange(0, PARTS)
     at = (which * parts + p) * BINS + edge
     equals = tl.load(of_part + at, mask=(p < part) & (edge < BINS), other=0).to(tl.int32)
-    room = tl.maximum(room - tl.sum(equals, 0), 0)
+    room = tl.where(edge <= LAST, tl.maximum(room - tl.sum(equals, 0), 0), 0)
     i = tl.arange(0, CHUNK // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     j = part * CHUNK + i
     bin_of = _bin(tl.load(shares + which * capacity + j))
@@ -255,7 +256,7 @@ def _attend_keys(
     values = tl.load(
         v + key[:, None] * v_token + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0
     )
-    return _attend(values, peak, total, acc, scores)
+    return _attend(values, peak, total, acc, scores, 1.0)
 
 
 @triton.jit
@@ -263,8 +264,8 @@ def attend(
     q, k, v, v_mean, mean_scores, lengths, starts, shares, histogram, of_part, lists, peaks, totals, sums,
     q_batch, q_head, k_batch, k_head, k_token, v_batch, v_head, v_token, kv_heads, capacity, scale,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    T: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, K: tl.constexpr, TAIL: tl.constexpr,
-    CHUNK: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
+    T: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, K: tl.constexpr, LAST: tl.constexpr,
+    TAIL: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Attention of the rows over those of the K best keys that are in a chunk, and over the means of its
     blocks; of the last program over the sinks and the window."""
@@ -293,7 +294,7 @@ def attend(
         else:
             j, chosen, place = _chosen(
                 shares, histogram, of_part, which, part, parts, capacity, start, window,
-                SINKS, K, CHUNK, PARTS,
+                SINKS, K, LAST, CHUNK, PARTS,
             )  # fmt: skip
             lists += which * capacity + part * CHUNK
             tl.store(lists + place, j, mask=chosen)
@@ -321,7 +322,7 @@ def attend(
                     v_mean + at[:, None] * DV + dv[None, :], mask=whole[:, None] & (dv < DV)[None, :], other=0
                 )
                 scores = tl.where(whole[None, :], scores, NOTHING)
-                peak, total, acc = _attend(values, peak, total, acc, scores)
+                peak, total, acc = _attend(values, peak, total, acc, scores, 1.0)
         _go_on(OVERLAP)
         c = tl.arange(0, COLUMNS)
         at = (which * (parts + 1) + part) * COLUMNS + c

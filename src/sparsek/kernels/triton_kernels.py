@@ -19,8 +19,17 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 BLOCK: tl.constexpr = tl.constexpr(64)  # keys of a centroid
-# Largest number of queries and keys in few bits: products over 256 channels are then below float16's 65504.
+# Largest number of queries and keys in few bits: products over 125 dimensions are then 24500 at most, with
+# the digits of a threshold 57260, below float16's 65504.
 LIMIT: tl.constexpr = tl.constexpr(14.0)
+# A row's threshold is three further dimensions of its product: it in units of these, which are the keys'.
+DIGITS: tl.constexpr = tl.constexpr(3)
+HIGH: tl.constexpr = tl.constexpr(128.0)
+MIDDLE: tl.constexpr = tl.constexpr(8.0)
+LOW: tl.constexpr = tl.constexpr(0.5)
+UNITS: tl.constexpr = tl.constexpr(3)  # numbers of a key head
+MOST: tl.constexpr = tl.constexpr(240.0)  # of a digit, and what is not 0 at least: below it bits are fewer
+LEAST: tl.constexpr = tl.constexpr(0.015625)
 FLOOR: tl.constexpr = tl.constexpr(-31745)  # float16's -inf, as `_ordered` has it: below every score
 NOTHING: tl.constexpr = tl.constexpr(-1e30)
 PAST: tl.constexpr = tl.constexpr(1 << 30)  # after every key
@@ -39,65 +48,110 @@ def _unit(x, room: tl.constexpr):
 
 
 @triton.jit
-def _few_bits(x, exists, dtype: tl.constexpr, PADDED: tl.constexpr):
-    """Numbers like the sample's, in few bits. PADDED: that some do not exist is known when this is compiled.
-    These are zeros that are put in after the conversion, for ptxas (of CUDA 12.8) packs two converted
-    constants that are equal with what happens to be in a register."""
-    y = tl.clamp(x, -LIMIT, LIMIT).to(dtype)
-    return tl.where(exists, y, tl.zeros_like(y)) if PADDED else y
+def _digit(x, place: tl.constexpr):
+    """The part of x that a number of few bits can say in units of `place`; and what is left. Rounded as 8
+    bits round, in 32: for all to be converted at once."""
+    bits = tl.clamp(x / place, -MOST, MOST).to(tl.int32, bitcast=True)
+    digit = ((bits + 0x80000) & -0x100000).to(tl.float32, bitcast=True)
+    digit = tl.where(tl.abs(digit) < LEAST, 0.0, digit)
+    return digit, x - digit * place
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_blocks"])
-def prepare(
-    q, k, v, low, k_mean, low_mean, v_mean, units, seen,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
-    kv_heads, num_queries, num_keys, padded, num_blocks,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BLOCKS: tl.constexpr, RANGES: tl.constexpr,
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def sample(
+    q, k, units, centre, picked, seen,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, kv_heads, num_queries, num_keys,
+    G: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, BD: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCKS blocks: the keys, centred, in the low-precision type; the means of keys and of values.
-
-    The centre and the units are those of 64 sampled queries and of 64 sampled keys, with RANGES of those that
-    rows see. Centring adds the same to all scores of a row.
-    """
-    ROWS: tl.constexpr = BLOCK * BLOCKS
-    part, which = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    d, dv, sampled = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, 64).to(tl.int64)
+    """Of 64 queries and 64 keys, with RANGES of those that rows see: the centre of the keys, the units of
+    numbers in few bits, and the dimensions that choosing looks at: those BD - DIGITS with the most energy,
+    E[q^2] E[k^2] with keys centred. Centring adds the same to all scores of a row. Behind the units: by
+    how much less scores vary in these dimensions than in all."""
+    which = tl.program_id(0).to(tl.int64)
+    d, sampled = tl.arange(0, SLOTS), tl.arange(0, 64).to(tl.int64)
+    exists = (d < D)[None, :]
     k += which // kv_heads * k_batch + which % kv_heads * k_head
-    v += which // kv_heads * v_batch + which % kv_heads * v_head
     key = sampled * num_keys // 64
     if RANGES:
         start = tl.load(seen + which // kv_heads * 2)
         key = start + sampled * (tl.load(seen + which // kv_heads * 2 + 1) - start) // 64
-    at = key * k_token
-    sample = tl.load(k + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0).to(tl.float32)
-    sample = tl.where(tl.abs(sample) < float("inf"), sample, 0.0)
-    centre = tl.sum(sample, 0) / 64
-    scale = _unit(sample - centre[None, :], 4)
-    if part == 0:
-        q += which // kv_heads * q_batch + which % kv_heads * G * q_head
-        at = sampled % G * q_head + sampled * num_queries // 64 * q_token
-        sample = tl.load(q + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0).to(tl.float32)
-        tl.store(units + which * 2, scale)
-        tl.store(units + which * 2 + 1, _unit(sample, 16))
+    x = tl.load(k + (key * k_token)[:, None] + d[None, :], mask=exists, other=0).to(tl.float32)
+    x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    middle = tl.sum(x, 0) / 64
+    x -= middle[None, :]
+    q += which // kv_heads * q_batch + which % kv_heads * G * q_head
+    at = sampled % G * q_head + sampled * num_queries // 64 * q_token
+    y = tl.load(q + at[:, None] + d[None, :], mask=exists, other=0).to(tl.float32)
+    y = tl.where(tl.abs(y) < float("inf"), y, 0.0)
+    units += which * UNITS
+    tl.store(units, _unit(x, 4))
+    tl.store(units + 1, _unit(y, 16))
+    # Logarithms, so that nothing is too large or too small to be compared.
+    energy = tl.log2(tl.sum(x * x, 0) + 1e-30) + tl.log2(tl.sum(y * y, 0) + 1e-30)
+    energy = tl.where(d < D, energy, -1e30)
+    before = (energy[:, None] > energy[None, :]) | (
+        (energy[:, None] == energy[None, :]) & (d[:, None] < d[None, :])
+    )
+    rank = tl.sum(before.to(tl.int32), 0)
+    linear = tl.minimum(energy, 250.0)  # of a square that is infinite too
+    linear = tl.exp2(linear - tl.max(linear, 0))
+    part = tl.sum(tl.where(rank < BD - DIGITS, linear, 0.0), 0) / tl.sum(linear, 0)
+    tl.store(units + 2, tl.sqrt(part * tl.sqrt(part)))  # the root of `part`, and less, for keys change ranks
+    tl.store(centre + which * BD + tl.arange(0, BD), tl.zeros([BD], tl.float32))
+    tl.debug_barrier()
+    tl.store(picked + which * BD + rank, d, mask=rank < BD - DIGITS)
+    tl.store(centre + which * BD + rank, middle, mask=(rank < BD - DIGITS) & (d < D))
+
+
+@triton.jit
+def _pick(x, picked, which, D: tl.constexpr, SLOTS: tl.constexpr, BD: tl.constexpr):
+    """Of vectors of 16 bits [rows, SLOTS] the dimensions that choosing looks at, as they are: [rows, BD], 0
+    in slots without one. A product with zeros and ones, as that is faster than to load single numbers."""
+    d, slot = tl.arange(0, SLOTS), tl.arange(0, BD)
+    exists = (slot < BD - DIGITS) & (slot < D)
+    at = tl.load(picked + which * BD + slot, mask=exists, other=-1)
+    return tl.dot(x, (d[:, None] == at[None, :]).to(x.dtype))
+
+
+@triton.jit(do_not_specialize=["num_keys", "num_blocks"])
+def prepare(
+    k, v, low, k_mean, low_mean, v_mean, units, centre, picked,
+    k_batch, k_head, k_token, v_batch, v_head, v_token,
+    kv_heads, num_keys, padded, num_blocks,
+    D: tl.constexpr, DV: tl.constexpr, SLOTS: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCKS blocks: the keys' picked dimensions, centred, in few bits, and behind them what the digits of
+    a row's threshold are multiplied with; the means of keys, also in few bits, and of values."""
+    ROWS: tl.constexpr = BLOCK * BLOCKS
+    dtype: tl.constexpr = low.dtype.element_ty
+    part, which = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    d, dv, slot = tl.arange(0, SLOTS), tl.arange(0, BDV), tl.arange(0, BD)
+    k += which // kv_heads * k_batch + which % kv_heads * k_head
+    v += which // kv_heads * v_batch + which % kv_heads * v_head
     rows = part.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     b = part * BLOCKS + tl.arange(0, BLOCKS)
     inside = (rows < num_keys)[:, None]
-    x = tl.load(k + rows[:, None] * k_token + d[None, :], mask=inside & (d < D)[None, :], other=0)
-    x = x.to(tl.float32)
-    y = _few_bits((x - centre[None, :]) * scale, (d < D)[None, :], low.dtype.element_ty, D < BD)
-    tl.store(low + (which * padded + rows[:, None]) * BD + d[None, :], y)
+    scale = tl.load(units + which * UNITS)
+    keys = tl.load(k + rows[:, None] * k_token + d[None, :], mask=inside & (d < D)[None, :], other=0)
+    x = _pick(keys, picked, which, D, SLOTS, BD)
+    middle = tl.load(centre + which * BD + slot)
+    y = tl.clamp((x - middle[None, :]) * scale, -LIMIT, LIMIT)
+    last = slot - (BD - DIGITS)
+    places = tl.where(last == 0, HIGH, tl.where(last == 1, MIDDLE, LOW))
+    y = tl.where((last >= 0)[None, :], places[None, :], y).to(dtype)
+    tl.store(low + (which * padded + rows[:, None]) * BD + slot[None, :], y)
     mean = tl.sum(tl.reshape(x, [BLOCKS, BLOCK, BD]), 1) / BLOCK
-    y = _few_bits((mean - centre[None, :]) * scale, (d < D)[None, :], low.dtype.element_ty, D < BD)
-    at_block = which * (padded // BLOCK) + b[:, None]
-    tl.store(low_mean + at_block * BD + d[None, :], y)
+    y = tl.clamp((mean - middle[None, :]) * scale, -LIMIT, LIMIT).to(dtype)
+    tl.store(low_mean + (which * (padded // BLOCK) + b[:, None]) * BD + slot[None, :], y)
     whole = (b < num_blocks)[:, None]
     at_block = which * num_blocks + b[:, None]
+    mean = tl.sum(tl.reshape(keys.to(tl.float32), [BLOCKS, BLOCK, SLOTS]), 1) / BLOCK
     tl.store(
         k_mean + at_block * D + d[None, :], mean.to(k_mean.dtype.element_ty), mask=whole & (d < D)[None, :]
     )
-    y = tl.load(v + rows[:, None] * v_token + dv[None, :], mask=inside & (dv < DV)[None, :], other=0)
-    mean = tl.sum(tl.reshape(y.to(tl.float32), [BLOCKS, BLOCK, BDV]), 1) / BLOCK
+    x = tl.load(v + rows[:, None] * v_token + dv[None, :], mask=inside & (dv < DV)[None, :], other=0)
+    mean = tl.sum(tl.reshape(x.to(tl.float32), [BLOCKS, BLOCK, BDV]), 1) / BLOCK
     tl.store(
         v_mean + at_block * DV + dv[None, :],
         mean.to(v_mean.dtype.element_ty),
@@ -108,16 +162,16 @@ def prepare(
 @triton.jit
 def _queries(
     q, which, start, q_batch, q_head, q_token, kv_heads, first, num_queries,
-    G: tl.constexpr, TQ: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    G: tl.constexpr, TQ: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The query rows at positions [start, start + TQ): [columns, BD], their positions, and which exist."""
+    """The query rows at positions [start, start + TQ): [columns, SLOTS]; their positions, and which exist."""
+    d = tl.arange(0, SLOTS)
     c = tl.arange(0, TQ * GP)
     position, head = start + c % TQ, c // TQ
     row = position - first
     exists = (row >= 0) & (row < num_queries) & (head < G)
-    d = tl.arange(0, BD)
-    at = which // kv_heads * q_batch + (which % kv_heads * G + head) * q_head + row.to(tl.int64) * q_token
-    x = tl.load(q + at[:, None] + d[None, :], mask=exists[:, None] & (d < D)[None, :], other=0)
+    rows = which // kv_heads * q_batch + (which % kv_heads * G + head) * q_head + row.to(tl.int64) * q_token
+    x = tl.load(q + rows[:, None] + d[None, :], mask=exists[:, None] & (d < D)[None, :], other=0)
     return x, position, exists
 
 
@@ -153,7 +207,8 @@ def _candidates(tiles, at, start, WINDOW: tl.constexpr, RANGES: tl.constexpr):
 @triton.jit
 def _factor(units, which, scale):
     """What makes base-2 scores of products in few bits."""
-    return 1.0 / (tl.load(units + which * 2) * tl.load(units + which * 2 + 1)) * (scale * LOG2E)
+    units += which * UNITS
+    return 1.0 / (tl.load(units) * tl.load(units + 1)) * (scale * LOG2E)
 
 
 # ---- What a row's softmax adds up to
@@ -166,26 +221,27 @@ def _accumulate(peak, total, scores):
     return higher, total * tl.exp2(peak - higher) + tl.sum(tl.exp2(scores - higher[:, None]), 1)
 
 
-@triton.jit(do_not_specialize=["num_queries", "first"])
+@triton.jit(do_not_specialize=["num_queries", "first", "slab", "all_tiles", "floor"])
 def normalise(
-    q, low, low_mean, units, low_q, normaliser, starts, stops,
-    q_batch, q_head, q_token, kv_heads, num_queries, padded, first, scale,
-    G: tl.constexpr, T: tl.constexpr, TQ: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BN: tl.constexpr, RANGES: tl.constexpr,
+    q, low, low_mean, units, picked, low_q, starts, stops, tiles,
+    q_batch, q_head, q_token, kv_heads, num_queries, padded, first, slab, all_tiles, scale, floor,
+    G: tl.constexpr, T: tl.constexpr, TQ: tl.constexpr, GP: tl.constexpr, D: tl.constexpr,
+    SLOTS: tl.constexpr, BD: tl.constexpr, WINDOW: tl.constexpr, BN: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
-    """Queries in few bits, and log2-sum-exp2 of every row, estimated: the first and the last blocks key by
-    key, those between by their means."""
-    program, which = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    start = first // T * T + program * TQ
+    """Queries in few bits, and as further dimensions of each the score below which no key is kept for it:
+    `floor`, and log2-sum-exp2 of the row. That is an estimate: the first and the last blocks key by key,
+    those between by their means. Scores in the dimensions that are looked at vary less than in all, and
+    what of it is above the average is made less by as much: at least as many keys are then above."""
+    local, which = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    dtype: tl.constexpr = low.dtype.element_ty
+    start = first // T * T + (slab + local) * TQ
     x, position, exists = _queries(
-        q, which, start, q_batch, q_head, q_token, kv_heads, first, num_queries, G, TQ, GP, D, BD
+        q, which, start, q_batch, q_head, q_token, kv_heads, first, num_queries, G, TQ, GP, D, SLOTS
     )
-    d, n = tl.arange(0, BD), tl.arange(0, BN)
-    x = x.to(tl.float32) * tl.load(units + which * 2 + 1)
-    x = _few_bits(x, exists[:, None] & (d < D)[None, :], low.dtype.element_ty, G < GP or D < BD)
+    slot, n = tl.arange(0, BD), tl.arange(0, BN)
+    x = _pick(x, picked, which, D, SLOTS, BD) * tl.load(units + which * UNITS + 1)
+    x = tl.clamp(x, -LIMIT, LIMIT).to(dtype)
     factor = _factor(units, which, scale)
-    at = (which * tl.num_programs(0) + program) * TQ * GP + tl.arange(0, TQ * GP)
-    tl.store(low_q + at[:, None] * BD + d[None, :], x)
     low += which * padded * BD
     low_mean += which * (padded // BLOCK) * BD
     row = which // kv_heads * num_queries + position - first
@@ -202,23 +258,41 @@ def normalise(
     total = tl.zeros([TQ * GP], tl.float32)
     for s in range(block * BLOCK, block * BLOCK + BLOCK, BN):
         j = s + n
-        y = tl.load(low + j.to(tl.int64)[None, :] * BD + d[:, None])
+        y = tl.load(low + j.to(tl.int64)[None, :] * BD + slot[:, None])
         scores = tl.where(_sees(j, begin, last, RANGES), tl.dot(x, y) * factor, NOTHING)
         peak, total = _accumulate(peak, total, scores)
     for s in range(means * BLOCK, end, BN):
         j = s + n
-        y = tl.load(low + tl.minimum(j, padded - 1).to(tl.int64)[None, :] * BD + d[:, None])
+        y = tl.load(low + tl.minimum(j, padded - 1).to(tl.int64)[None, :] * BD + slot[:, None])
         scores = tl.where(_sees(j, begin, last, RANGES), tl.dot(x, y) * factor, NOTHING)
         peak, total = _accumulate(peak, total, scores)
     for s in range(block + 1, means, BN):
         b = s + n
-        y = tl.load(low_mean + tl.minimum(b, padded // BLOCK - 1)[None, :] * BD + d[:, None])
+        y = tl.load(low_mean + tl.minimum(b, padded // BLOCK - 1)[None, :] * BD + slot[:, None])
         inside = (b < means)[None, :]
         if RANGES:
             inside = inside & ((b * BLOCK)[None, :] >= begin[:, None])
         scores = tl.where(inside, tl.dot(x, y) * factor + 6.0, NOTHING)  # log2 of BLOCK
         peak, total = _accumulate(peak, total, scores)
-    tl.store(normaliser + at, tl.where(exists & (last >= 0), peak + tl.log2(total), 1e30))
+    # Rows that see none of the keys before the window keep none of them, whatever others do.
+    table = which // kv_heads * all_tiles + (slab + local) // (T // TQ)
+    _, window = _candidates(tiles, table, start // T * T, WINDOW, RANGES)
+    some = exists & (last >= 0) & (begin < window)
+    wanted = peak + tl.log2(total) + floor  # above the average, which is 0, for keys are centred
+    wanted = tl.where(wanted > 0, wanted * tl.load(units + which * UNITS + 2), wanted)
+    least_score = tl.where(some, wanted / factor, HIGH * MOST)
+    high, rest = _digit(-least_score, HIGH)
+    middle, rest = _digit(rest, MIDDLE)
+    small, rest = _digit(rest, LOW)
+    column = (which * tl.num_programs(0) + local) * TQ * GP + tl.arange(0, TQ * GP)
+    low_q += column * BD
+    tl.store(low_q[:, None] + slot[None, :], x)
+    # The slots of the digits once more, when all have arrived. (Put in before, even in 32 bits, they came out
+    # wrong in some layouts.)
+    tl.debug_barrier()
+    tl.store(low_q + (BD - 3), high.to(dtype))
+    tl.store(low_q + (BD - 2), middle.to(dtype))
+    tl.store(low_q + (BD - 1), small.to(dtype))
 
 
 # ---- The scores of keys for a tile
@@ -226,16 +300,19 @@ def normalise(
 
 @triton.jit(do_not_specialize=["num_queries", "first", "slab", "all_programs"])
 def score(
-    low_q, low, units, normaliser, scores, groups, starts, stops, tiles,
-    kv_heads, num_queries, padded, first, slab, all_programs, scale,
+    low_q, low, bits, scores, groups, starts, stops, tiles,
+    kv_heads, num_queries, padded, first, slab, all_programs,
     T: tl.constexpr, TQ: tl.constexpr, POSITIONS: tl.constexpr, GP: tl.constexpr, BD: tl.constexpr,
     WINDOW: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, RANGES: tl.constexpr,
-    HIDDEN: tl.constexpr,
+    HIDDEN: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Of each key before the window of the tile: the largest share of the softmax that any of the columns
-    gives it, as a logarithm. Keys are the rows of the product, so that the maximum over columns stays within
-    a thread and its neighbours, and it is made in 16 bits, so that one instruction does two. With GROUP, also
+    """Of each key before the window of the tile: by how much its score is above what is kept, at most, for
+    any of the columns. Written is a bit that says whether it is; with COUNT the number, and with GROUP also
     the largest of every GROUP keys.
+
+    Thresholds are dimensions of the product, so that all that is left is a maximum. Keys are the rows of the
+    product, so that the maximum over columns stays within a thread and its neighbours, and it is made in 16
+    bits, so that one instruction does two.
 
     With RANGES it is launched twice: for the keys that all columns see that see any, and with HIDDEN for the
     keys before these. In one loop the registers of the mask would slow all down."""
@@ -243,14 +320,12 @@ def score(
     program = slab + local
     start = first // T * T + program * TQ
     d, n = tl.arange(0, BD), tl.arange(0, BN)
-    at = (which * all_programs + program) * TQ * GP + tl.arange(0, TQ * GP)
-    x = tl.trans(tl.load(low_q + at[:, None] * BD + d[None, :]))
-    factor = _factor(units, which, scale)
-    shift = tl.load(normaliser + at) / factor
+    row = which * tl.num_programs(0) + local
+    column = row * TQ * GP + tl.arange(0, TQ * GP)
+    x = tl.trans(tl.load(low_q + column[:, None] * BD + d[None, :]))
     table = which // kv_heads * (all_programs // (T // TQ)) + program // (T // TQ)
     free, end = _candidates(tiles, table, start // T * T, WINDOW, RANGES)
-    row = which * tl.num_programs(0) + local
-    scores += row * padded
+    free = free // BN * BN
     keys = low + which * padded * BD + n[:, None] * BD + d[None, :]
     if RANGES:
         c = tl.arange(0, TQ * GP)  # in the order of `normalise`, whose programs have POSITIONS positions
@@ -258,28 +333,34 @@ def score(
         exists = (position >= first) & (position < first + num_queries)
         at = which // kv_heads * num_queries + position - first
         begin, _ = _range(starts, stops, at, position, exists, RANGES)
-        counts = begin < end  # columns that see some of these keys
-        shift = tl.where(counts, shift, 60000.0)
+        counts = (
+            begin < end
+        )  # columns that see some of these keys: what `normalise` wrote of others is below all
         least = tl.min(begin, 0)
         most = tl.where(least < end, tl.max(tl.where(counts, begin, 0), 0), end)
-        hidden = free // BN * BN
+        hidden = free
         free = tl.maximum((most + BN - 1) // BN * BN, hidden)
         if HIDDEN:
             free, end = hidden, free
         keys += free.to(tl.int64) * BD
-    shift = tl.clamp(shift, -60000.0, 60000.0).to(tl.float16)
     for s in tl.range(free, end, BN, num_stages=STAGES):
-        product = tl.dot(tl.load(keys), x, out_dtype=tl.float16) - shift[None, :]
+        product = tl.dot(tl.load(keys), x, out_dtype=tl.float16)
         if HIDDEN:
             product = tl.where((s + n)[:, None] >= begin[None, :], product, float("-inf"))
-        best = tl.maximum(tl.max(product, 1).to(tl.float32) * factor, -60000.0)
-        if HIDDEN:
-            best = tl.where(s + n >= least, best, float("-inf"))
-        tl.store(scores + s + n, best.to(tl.float16))
-        if GROUP:
-            best = tl.max(tl.reshape(best, [BN // GROUP, GROUP]), 1)
-            of_groups = row * (padded // GROUP) + s // GROUP + tl.arange(0, BN // GROUP)
-            tl.store(groups + of_groups, best.to(tl.float16))
+        best = tl.max(product, 1)
+        if COUNT:
+            best = tl.maximum(best, -60000.0)
+            if HIDDEN:
+                best = tl.where(s + n >= least, best, float("-inf"))
+            tl.store(scores + row * padded + s + n, best)
+            if GROUP:
+                best = tl.max(tl.reshape(best, [BN // GROUP, GROUP]), 1)
+                of_groups = row * (padded // GROUP) + s // GROUP + tl.arange(0, BN // GROUP)
+                tl.store(groups + of_groups, best)
+        else:
+            words = tl.reshape((best > 0.0).to(tl.int32), [BN // 32, 32]) << tl.arange(0, 32)[None, :]
+            word = s // 32 + tl.arange(0, BN // 32)
+            tl.store(bits + row * (padded // 32) + word, tl.sum(words, 1))
         keys += BN * BD
 
 
@@ -309,11 +390,11 @@ def _kth(x, K):
 
 
 @triton.jit
-def _choose(x, K):
-    """The K largest of a matrix of `_ordered` numbers, fewer where fewer are above FLOOR; equals by their
+def _choose(x, K, FLOOR_OF_ALL: tl.constexpr):
+    """The K largest of a matrix of `_ordered` numbers, fewer where fewer are above the floor; equals by their
     order, row by row. Returns which they are, their places in a list, how many of each row, and of all."""
     kth = _kth(x, K)
-    real = x > FLOOR
+    real = x > FLOOR_OF_ALL
     # Those above the K-th in the lower 16 bits, those equal to it in the upper.
     counts = (real & (x > kth)).to(tl.int32) + ((real & (x == kth)).to(tl.int32) << 16)
     of_row = tl.sum(counts, 1)
@@ -342,10 +423,11 @@ def choose(
     T: tl.constexpr, SUBS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
     SINK_SLOTS: tl.constexpr, K: tl.constexpr,
     SIZE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-    RANGES: tl.constexpr,
+    SHARE: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
-    """The list of a tile: its K best keys in rising order, then the sinks. And of each block log2 of the
-    number of keys that are neither in the list nor in the window, which the tail needs.
+    """The list of a tile: its K best keys in rising order, with SHARE of those above the threshold, then the
+    sinks. And of each block log2 of the number of keys that are neither in the list nor in the window, which
+    the tail needs.
 
     With GROUPS, the groups of GROUP keys are chosen first by their largest scores: the K best keys are in
     the K best groups (one may be there for a sink or a key of the window: then one near the K-th is lost).
@@ -353,22 +435,24 @@ def choose(
     """
     local, which = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
     tile = slab + local
+    floor: tl.constexpr = 0 if SHARE else FLOOR
+    row = which * tl.num_programs(0) + local
     table = which // kv_heads * all_tiles + tile
     low, end = _candidates(tiles, table, (first // T + tile) * T, WINDOW, RANGES)
-    scores += (which * tl.num_programs(0) + local) * SUBS * padded
-    lists += (which * all_tiles + tile) * SIZE
+    scores += row * SUBS * padded
+    lists += row * SIZE
     words = padded // (4 * BLOCK)
-    hits += (which * all_tiles + tile) * words
+    hits += row * words
     w, r, e = tl.arange(0, WORDS), tl.arange(0, ROWS), tl.arange(0, GROUP)
     tl.store(hits + w, tl.zeros([WORDS], tl.int32), mask=w < words)
     if GROUPS:
-        groups += (which * tl.num_programs(0) + local) * SUBS * (padded // GROUP)
+        groups += row * SUBS * (padded // GROUP)
         g = tl.arange(0, GROUPS // 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
         inside = (g * GROUP < end) & (g * GROUP + GROUP > SINKS)
         if RANGES:
             inside = inside & (g * GROUP + GROUP > low)
         x = _largest_of(groups, g, inside, padded // GROUP, SUBS)
-        chosen, place, _, count = _choose(x, K)
+        chosen, place, _, count = _choose(x, K, floor)
         tl.store(lists + place, g, mask=chosen)
         tl.debug_barrier()
         inside = r < count
@@ -382,7 +466,7 @@ def choose(
         candidates = candidates & (j >= low)
     x = _largest_of(scores, j, candidates, padded, SUBS)
     tl.debug_barrier()
-    chosen, place, of_row, count = _choose(x, K)
+    chosen, place, of_row, count = _choose(x, K, floor)
     tl.store(lists + place, j, mask=chosen)
     block = group // (BLOCK // GROUP)
     tl.atomic_add(hits + block // 4, of_row << (block % 4 * 8), mask=of_row > 0, sem="relaxed")
@@ -390,7 +474,7 @@ def choose(
     if SINKS:
         s = tl.arange(0, SINK_SLOTS)
         tl.store(lists + count + s, s, mask=s < sinks)
-    tl.store(counts + which * all_tiles + tile, count + sinks)
+    tl.store(counts + row, count + sinks)
     tl.debug_barrier()
     b = tl.arange(0, 4 * WORDS)
     four = tl.load(hits + b // 4, mask=b // 4 < words, other=0, volatile=True)
@@ -398,52 +482,131 @@ def choose(
     dropped -= tl.minimum(tl.maximum(sinks - b * BLOCK, 0), BLOCK)
     dropped -= tl.minimum(tl.maximum(b * BLOCK + BLOCK - end, 0), BLOCK)
     size = tl.where(dropped > 0, tl.log2(tl.maximum(dropped, 1).to(tl.float32)), -60000.0)
-    at = (which * all_tiles + tile) * (padded // BLOCK) + b
-    tl.store(tail + at, size.to(tl.float16), mask=b < padded // BLOCK)
+    tl.store(tail + row * (padded // BLOCK) + b, size.to(tl.float16), mask=b < padded // BLOCK)
+
+
+# ---- All above the threshold
+
+
+@triton.jit
+def _lowest(n):
+    """A word whose lowest n bits are set."""
+    return tl.where(n >= 32, -1, (1 << tl.minimum(tl.maximum(n, 0), 31)) - 1)
+
+
+@triton.jit
+def _ones(x):
+    """How many bits are set in words."""
+    x = x.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return ((x + (x >> 16)) & 0x3F).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["first", "slab", "all_tiles", "room"])
+def collect(
+    bits, lists, counts, tail, tiles, kv_heads, padded, first, slab, all_tiles, room,
+    T: tl.constexpr, SUBS: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, WORDS: tl.constexpr,
+    RANGES: tl.constexpr,
+):  # fmt: skip
+    """The list of a tile, in rising order, from its bits and the sinks, as far as there is `room`, and how
+    long it is. And of each block log2 of the number of keys that are neither in it nor in the window, which
+    the tail needs. The bits are then those of the list, for where there is not enough room."""
+    local, which = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile = slab + local
+    row = which * tl.num_programs(0) + local
+    start = (first // T + tile) * T
+    low, end = _candidates(tiles, which // kv_heads * all_tiles + tile, start, WINDOW, RANGES)
+    sinks = tl.minimum(SINKS, end)
+    words = padded // 32
+    bits += row * SUBS * words
+    lists += row * room
+    tail += row * (padded // BLOCK)
+    w, b = tl.arange(0, WORDS), tl.arange(0, WORDS // 2)
+    count = 0
+    for s in range(0, (start + T + 31) // 32, WORDS):
+        key = (s + w) * 32
+        some = (key < end) & (key + 32 > low)
+        x = tl.load(bits + s + w, mask=some, other=0)
+        for part in tl.static_range(1, SUBS):
+            x = x | tl.load(bits + part * words + s + w, mask=some, other=0)
+        x = (x & _lowest(end - key) & ~_lowest(low - key)) | _lowest(sinks - key)
+        tl.store(bits + s + w, x, mask=s + w < words)
+        size = _ones(x)
+        at = count + tl.cumsum(size, 0) - size
+        for i in tl.static_range(32):
+            here = (x >> i) & 1
+            tl.store(lists + at, key + i, mask=(here > 0) & (at < room))
+            at += here
+        count += tl.sum(size, 0)
+        block = s // 2 + b
+        dropped = tl.minimum(tl.maximum(end - block * BLOCK, 0), BLOCK)
+        dropped -= tl.sum(tl.reshape(size, [WORDS // 2, 2]), 1)
+        size = tl.where(dropped > 0, tl.log2(tl.maximum(dropped, 1).to(tl.float32)), -60000.0)
+        tl.store(tail + block, size.to(tl.float16), mask=block < padded // BLOCK)
+    tl.store(counts + row, count)
 
 
 # ---- Attention over the list, the window and the tail
 
 
 @triton.jit
-def _attend(values, peak, total, acc, scores):
-    """One step of the softmax over more keys."""
-    higher = tl.maximum(peak, tl.max(scores, 1))
-    weights, fading = tl.exp2(scores - higher[:, None]), tl.exp2(peak - higher)
+def _attend(values, peak, total, acc, scores, factor):
+    """One step of the softmax over more keys, whose scores are still to be multiplied with `factor`."""
+    higher = tl.maximum(peak, tl.max(scores, 1) * factor)
+    weights, fading = tl.exp2(scores * factor - higher[:, None]), tl.exp2(peak - higher)
     total = total * fading + tl.sum(weights, 1)
     return higher, total, tl.dot(weights.to(values.dtype), values, acc * fading[:, None])
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_queries",
-        "num_keys",
-        "num_blocks",
-        "first",
-        "all_tiles",
-    ]
-)
+@triton.jit
+def _attend_at(
+    x, k, v, j, inside, begin, k_token, v_token, factor, hidden, peak, total, acc,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, INT64: tl.constexpr,
+    RANGES: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    """One step over the keys j, all before the window: with ALL over all, else those that are `inside`."""
+    d, dv = tl.arange(0, BD), tl.arange(0, BDV)
+    if INT64:
+        j = j.to(tl.int64)
+    y = tl.load(k + j[None, :] * k_token + d[:, None], mask=(d < D)[:, None], other=0)
+    scores = tl.dot(x, y)
+    if not ALL:
+        scores = tl.where(inside[None, :], scores, hidden)
+    if RANGES:
+        scores = tl.where(j[None, :] >= begin[:, None], scores, hidden)
+    values = tl.load(v + j[:, None] * v_token + dv[None, :], mask=(dv < DV)[None, :], other=0)
+    return _attend(values, peak, total, acc, scores, factor)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_blocks", "first", "slab", "all_tiles", "room"])
 def attend(
-    q, k, v, k_mean, v_mean, lists, counts, tail, out, starts, stops, tiles,
+    q, k, v, k_mean, v_mean, lists, counts, bits, tail, out, starts, stops, tiles,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
-    kv_heads, num_queries, num_keys, padded, num_blocks, first, all_tiles, scale,
+    kv_heads, num_queries, num_keys, padded, num_blocks, first, slab, all_tiles, room, scale,
     G: tl.constexpr, T: tl.constexpr, TQ: tl.constexpr, GP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    WINDOW: tl.constexpr, SIZE: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, INT64: tl.constexpr,
+    WINDOW: tl.constexpr, SUBS: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, INT64: tl.constexpr,
     RANGES: tl.constexpr,
 ):  # fmt: skip
-    """Softmax attention of the columns at TQ positions over what their tile keeps."""
-    program, which = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
-    start = first // T * T + program * TQ
-    tile = program // (T // TQ)
+    """Softmax attention of the columns at TQ positions over what their tile keeps. Of a list that is longer
+    than `room` the rest is read from its bits. SUBS: the rows of bits of a tile, 0 where lists always have
+    room."""
+    PARTS: tl.constexpr = T // TQ
+    local, which = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile = slab + local // PARTS
+    start = first // T * T + slab * T + local * TQ
+    d, dv, n = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BN)
     x, position, exists = _queries(
         q, which, start, q_batch, q_head, q_token, kv_heads, first, num_queries, G, TQ, GP, D, BD
     )
-    d, dv, n = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BN)
     k += which // kv_heads * k_batch + which % kv_heads * k_head
     v += which // kv_heads * v_batch + which % kv_heads * v_head
-    lists += (which * all_tiles + tile) * SIZE
-    count = tl.load(counts + which * all_tiles + tile)
+    row = which * (tl.num_programs(0) // PARTS) + local // PARTS
+    lists += row * room
+    count = tl.load(counts + row)
     table = which // kv_heads * all_tiles + tile
     _, window = _candidates(tiles, table, start // T * T, WINDOW, RANGES)
     at = which // kv_heads * num_queries + position - first
@@ -451,35 +614,54 @@ def attend(
     end = tl.minimum(start + TQ, num_keys)
     if RANGES:
         end = tl.max(last, 0) + 1
-    factor = scale * LOG2E
-    peak = tl.full([TQ * GP], NOTHING, tl.float32)
+    factor = tl.maximum(scale * LOG2E, 1e-20)
+    hidden = NOTHING / factor  # times the factor it is far below the first peak, whatever is rounded
+    peak = tl.full([TQ * GP], NOTHING / 10, tl.float32)
     total = tl.zeros([TQ * GP], tl.float32)
     acc = tl.zeros([TQ * GP, BDV], tl.float32)
-    for s in range(0, count, BN):
-        inside = s + n < count
-        j = tl.load(lists + s + n, mask=inside, other=0)
-        if INT64:
-            j = j.to(tl.int64)
-        y = tl.load(k + j[None, :] * k_token + d[:, None], mask=(d < D)[:, None], other=0)
-        seen = inside[None, :]
-        if RANGES:
-            seen = seen & (j[None, :] >= begin[:, None])
-        scores = tl.where(seen, tl.dot(x, y) * factor, NOTHING)
-        values = tl.load(v + j[:, None] * v_token + dv[None, :], mask=(dv < DV)[None, :], other=0)
-        peak, total, acc = _attend(values, peak, total, acc, scores)
+    listed = count
+    if SUBS:
+        listed = tl.minimum(count, room)
+    full = listed // BN * BN
+    j = tl.load(lists + n, mask=n < listed, other=0)
+    for s in range(0, full, BN):
+        after = tl.load(lists + s + BN + n, mask=s + BN + n < listed, other=0)  # early: keys wait for it
+        peak, total, acc = _attend_at(
+            x, k, v, j, j >= 0, begin, k_token, v_token, factor, hidden, peak, total, acc,
+            D, DV, BD, BDV, INT64, RANGES, True,
+        )  # fmt: skip
+        j = after
+    if full < listed:
+        peak, total, acc = _attend_at(
+            x, k, v, j, full + n < listed, begin, k_token, v_token, factor, hidden, peak, total, acc,
+            D, DV, BD, BDV, INT64, RANGES, False,
+        )  # fmt: skip
+    if SUBS:
+        bits += row * SUBS * (padded // 32)
+        rest = window
+        if count > room:
+            rest = tl.load(lists + room - 1) + 1
+        for s in range(rest // BN * BN, window, BN):
+            j = s + n
+            inside = ((tl.load(bits + j // 32) >> (j % 32)) & 1 > 0) & (j >= rest)
+            j = tl.where(inside, j, 0)
+            peak, total, acc = _attend_at(
+                x, k, v, j, inside, begin, k_token, v_token, factor, hidden, peak, total, acc,
+                D, DV, BD, BDV, INT64, RANGES, False,
+            )  # fmt: skip
     for s in range(window, end, BN):
-        j = s + n
+        key = s + n
         if INT64:
-            j = j.to(tl.int64)
-        inside = j < num_keys
-        y = tl.load(k + j[None, :] * k_token + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0)
-        scores = tl.where(_sees(j, begin, last, RANGES), tl.dot(x, y) * factor, NOTHING)
+            key = key.to(tl.int64)
+        inside = key < num_keys
+        y = tl.load(k + key[None, :] * k_token + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0)
+        scores = tl.where(_sees(key, begin, last, RANGES), tl.dot(x, y), hidden)
         values = tl.load(
-            v + j[:, None] * v_token + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0
+            v + key[:, None] * v_token + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0
         )
-        peak, total, acc = _attend(values, peak, total, acc, scores)
+        peak, total, acc = _attend(values, peak, total, acc, scores, factor)
     if TAIL:
-        tail += (which * all_tiles + tile) * (padded // BLOCK)
+        tail += row * (padded // BLOCK)
         k_mean += which * num_blocks * D
         v_mean += which * num_blocks * DV
         if RANGES:
@@ -492,7 +674,7 @@ def attend(
                 y = tl.load(k_mean + b[None, :] * D + d[:, None], mask=(d < D)[:, None], other=0)
                 scores = tl.dot(x, y) * factor + tl.load(tail + b).to(tl.float32)[None, :]
                 values = tl.load(v_mean + b[:, None] * DV + dv[None, :], mask=(dv < DV)[None, :], other=0)
-                peak, total, acc = _attend(values, peak, total, acc, scores)
+                peak, total, acc = _attend(values, peak, total, acc, scores, 1.0)
             blocks = tl.minimum((start + TQ) // BLOCK, num_blocks)
         for s in range(below, blocks, BN):
             b = s + n
@@ -508,7 +690,7 @@ def attend(
             values = tl.load(
                 v_mean + b[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0
             )
-            peak, total, acc = _attend(values, peak, total, acc, scores)
+            peak, total, acc = _attend(values, peak, total, acc, scores, 1.0)
     row, head = position - first, tl.arange(0, TQ * GP) // TQ
     at = which // kv_heads * o_batch + (which % kv_heads * G + head) * o_head + row.to(tl.int64) * o_token
     result = acc / total[:, None]

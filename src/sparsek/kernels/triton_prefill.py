@@ -2,25 +2,34 @@
 
 The passes, for B x Hkv key heads side by side (kernels in triton_kernels.py):
 
-    prepare     keys in 8 bits (on older cards 16), centred; means of blocks of 64 keys and values
-    normalise   log-sum-exp of every row, estimated from the means of blocks
-    score       every key against every tile: the largest share of the softmax that a row gives the key
-    choose      the `top_k` best keys of every tile
+    sample      from 64 queries and 64 keys: the centre of the keys, and the dimensions that choosing looks at
+    prepare     these dimensions of the keys in 8 bits (on older cards 16); means of 64 keys and values
+    normalise   queries likewise, and the least score that each row keeps, from an estimate of its log-sum-exp
+    score       every key against every tile: a bit that says whether some row keeps it
+    collect     the list of each tile, from the bits
     attend      softmax over the list, the window and the means of the blocks
 
-Nothing of size Tq x Tk is kept for each head: scores are Tq/tile x Tk in 16 bits for each key head, and made
-and used up in slabs of tiles. Selection is not exact: products are in 8 bits, and the log-sum-exp is an
-estimate that is too low for rows in which a single key is nearly all, by half a nat on average. Lists hold
-0.998 of what the best lists hold (SmolLM2, 8192 tokens). What is chosen is attended to in the precision of
-the inputs.
+All but the first two are done for slabs of tiles, so that memory is bounded. Bits are Tq/tile x Tk/8 bytes
+for each key head, and a list has room for an eighth of the keys: a longer one is read from the bits.
+
+Where a count is given, alone or as the most that is kept, `score` writes numbers in 16 bits instead, and
+
+    choose      the `top_k` best keys of every tile
+
+is in the place of `collect`. Selection is not exact: products are in 8 bits and over a part of the dimensions
+(by share 61 of heads of 62 to 128, else at most 125), and the log-sum-exp is an estimate that is too low for
+rows in which a single key is nearly all, by half a nat on average. What is chosen is attended to in the
+precision of the inputs, in all dimensions.
 
 A mask is taken as two numbers a row (key_ranges.py), so it must let each row see one range of keys.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -42,11 +51,17 @@ _SINKS: Final = 64
 _MAX_TOKENS: Final = 1_000_000  # `choose` counts groups in 16 bits
 _OLDEST: Final = (8, 0)  # compute capability: Ampere
 _FLOAT8: Final = (8, 9)
-_SLAB_BYTES: Final = 256 << 20
+_SLAB_BYTES: Final = 32 << 20  # that are always allowed,
+_SLAB_OF_COUNTS: Final = 64 << 20  # for scores, so that a prompt of 8192 is one slab; and
+_SLAB_PART: Final = 8  # of what the inputs and the output take, one part in so many;
+_ONE_SLAB_PART: Final = 6  # or one in so many where that is enough for all, as for chunks of prompts
+_LEAST_ROOM: Final = 4096  # keys of a list,
+_ROOM_PART: Final = 8  # or of all keys one in so many
+_WORDS: Final = 256  # of bits, in one step of `collect`
 _GROUP: Final = 16  # keys whose largest score stands for them where there are many
 _ALL_AT_ONCE: Final = 8192  # keys up to which no groups are made
 _ROWS: Final = 512  # of groups up to which 8 warps have enough registers
-_LONG: Final = 16384  # tokens from which on larger steps are faster
+_LONG: Final = 32768  # keys from which on more query rows for each key read are faster
 _PAD: Final = 256
 _COLUMNS: Final = 128  # query rows of one product
 _SCORE_COLUMNS: Final = 256
@@ -80,12 +95,11 @@ def _why_not_so(p: Problem) -> str | None:
     values = values_of(p)
     reasons = {
         f"the dtype is {dtype}": dtype not in _DTYPES,
-        "keys are chosen by their share": p.rule.min_share > 0,
         "attention is not causal": not p.is_causal and p.mask is None,
         "softcap is given": p.softcap is not None,
         "scale is negative": p.scale < 0,
         "stride is given": p.rule.stride > 0,
-        f"top_k is more than {_TOP_K}": p.rule.top_k > _TOP_K,
+        f"top_k is more than {_TOP_K}": _TOP_K < p.rule.top_k < p.num_keys,
         f"sinks are more than {_SINKS}": p.rule.sinks > _SINKS,
         f"the head size is more than {_HEAD_SIZE}": max(p.q.shape[3], values.shape[3]) > _HEAD_SIZE,
         f"a key head has more than {_GROUP_HEADS} heads": p.q.shape[1] // p.k.shape[1] > _GROUP_HEADS,
@@ -147,26 +161,24 @@ def interpreted() -> bool:
 
 @dataclass(frozen=True)
 class _Launch:
-    """Keys of one step of a pass, and the options of its launch. Measured on an H100."""
+    """Keys of one step of a pass, columns of a program, and options of its launch. Measured on an H100."""
 
     normalise: dict[str, Any]
     score: dict[str, Any]
     attend: dict[str, Any]
+    attend_columns: int
 
 
 def _launch(head_size: int, num_keys: int, low_bytes: int) -> _Launch:
+    """For heads of `head_size`, of which numbers of `low_bytes` are looked at."""
+    normalise = {"BN": 64, "num_warps": 4}
+    score = {"BN": 64 // low_bytes, "STAGES": 3, "num_warps": 4}
+    attend, columns = {"BN": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 128}, _COLUMNS
     if head_size > 128:
-        return _Launch(
-            {"BN": 32, "num_warps": 8},
-            {"BN": 64 // low_bytes, "STAGES": 2, "num_warps": 8},
-            {"BN": 32, "num_warps": 8, "num_stages": 1},
-        )
-    long = num_keys > _LONG
-    return _Launch(
-        {"BN": 32, "num_warps": 4},
-        {"BN": 64 // low_bytes, "STAGES": 3, "num_warps": 4},
-        {"BN": 64 if long else 32, "num_warps": 8, "num_stages": 2 if long else 3, "maxnreg": 128},
-    )
+        attend = {"BN": 32, "num_warps": 8, "num_stages": 1}
+    elif num_keys > _LONG:
+        attend, columns = {"BN": 64, "num_warps": 16, "num_stages": 3, "maxnreg": 128}, 2 * _COLUMNS
+    return _Launch(normalise, score, attend, columns)
 
 
 class _Call:
@@ -199,6 +211,9 @@ class _Call:
             self.of_all = self._of_all(*(of_whole or p.ranges))
 
         low = _low_dtype(p.q)
+        self.slots = max(16, power_of_2(self.head_size))
+        self.counted = p.rule.top_k < p.num_keys
+        low_size = _low_size(self.head_size, self.counted)
         self.group_slots = power_of_2(self.group)
         # Positions of a program: with the heads of the group they make the columns of its products.
         self.positions = min(p.rule.tile, _COLUMNS // self.group_slots)
@@ -208,32 +223,45 @@ class _Call:
 
         self.padded = -(-p.num_keys // _PAD) * _PAD
         self.blocks = p.num_keys // 64
-        self.size = p.rule.top_k + p.rule.sinks
+        self.room = max(_LEAST_ROOM, p.num_keys // _ROOM_PART)
+        if self.counted:
+            self.room = p.rule.top_k + p.rule.sinks
         self.grouped = p.num_keys > max(_ALL_AT_ONCE, p.rule.top_k * _GROUP)
         self.launch = _launch(max(self.head_size, self.value_size), p.num_keys, low.itemsize)
 
         def empty(*shape: int, dtype: Any) -> Array:
             return torch.empty(shape, dtype=dtype, device=p.q.device)
 
-        padded_size = max(32, power_of_2(self.head_size))
-        self.low = empty(self.lanes, self.padded, padded_size, dtype=low)
-        self.low_mean = empty(self.lanes, self.padded // 64, padded_size, dtype=low)
-        self.units = empty(self.lanes, 2, dtype=torch.float32)
-        self.k_mean = empty(self.lanes, max(self.blocks, 1), self.head_size, dtype=p.k.dtype)
-        self.v_mean = empty(self.lanes, max(self.blocks, 1), self.value_size, dtype=self.v.dtype)
-        programs = self.tiles * self.parts
-        columns = self.positions * self.group_slots
-        self.low_q = empty(self.lanes, programs, columns, padded_size, dtype=low)
-        self.normaliser = empty(self.lanes, programs, columns, dtype=torch.float32)
-        self.lists = empty(self.lanes, self.tiles, self.size, dtype=torch.int32)
-        self.counts = empty(self.lanes, self.tiles, dtype=torch.int32)
-        self.tail = empty(self.lanes, self.tiles, self.padded // 64, dtype=torch.float16)
-        per_tile = self.lanes * self.score_parts * self.padded * 2
-        self.slab = max(1, min(self.tiles, _SLAB_BYTES // per_tile))
-        rows = self.lanes, self.slab * self.score_parts
-        self.scores = empty(*rows, self.padded, dtype=torch.float16)
-        self.groups = empty(*rows, self.padded // _GROUP, dtype=torch.float16)
-        self.hits = empty(self.lanes, self.tiles, self.padded // 256, dtype=torch.int32)
+        lanes, blocks = self.lanes, max(self.blocks, 1)
+        self.centre = empty(lanes, low_size, dtype=torch.float32)
+        self.units = empty(lanes, self.kernels.UNITS.value, dtype=torch.float32)
+        self.picked = empty(lanes, low_size, dtype=torch.int32)
+        self.low = empty(lanes, self.padded, low_size, dtype=low)
+        self.low_mean = empty(lanes, self.padded // 64, low_size, dtype=low)
+        self.k_mean = empty(lanes, blocks, self.head_size, dtype=p.k.dtype)
+        self.v_mean = empty(lanes, blocks, self.value_size, dtype=self.v.dtype)
+        columns = p.rule.tile * self.group_slots
+        of_tile = columns * low_size * low.itemsize + 4 * self.room + self.padded // 32
+        of_tile += self.score_parts * (self.padded * 9 // 4 if self.counted else self.padded // 8)
+        around = sum(x.numel() * x.element_size() for x in (p.q, self.k, self.v, p.q))
+        slabs = 1
+        if self.tiles * lanes * of_tile > around // _ONE_SLAB_PART:
+            least = _SLAB_OF_COUNTS if self.counted else _SLAB_BYTES
+            most = max(1, max(least, around // _SLAB_PART) // (lanes * of_tile))
+            slabs = -(-self.tiles // most)
+        self.slab = -(-self.tiles // slabs)  # all alike, for a small one leaves the GPU idle
+        rows = lanes, self.slab
+        self.low_q = empty(*rows, columns, low_size, dtype=low)
+        self.lists = empty(*rows, self.room, dtype=torch.int32)
+        self.counts = empty(*rows, dtype=torch.int32)
+        self.tail = empty(*rows, self.padded // 64, dtype=torch.float16)
+        self.bits = self.scores = self.groups = self.hits = None
+        if self.counted:
+            self.scores = empty(*rows, self.score_parts, self.padded, dtype=torch.float16)
+            self.groups = empty(*rows, self.score_parts, self.padded // _GROUP, dtype=torch.float16)
+            self.hits = empty(*rows, self.padded // 256, dtype=torch.int32)
+        else:
+            self.bits = empty(*rows, self.score_parts, self.padded // 32, dtype=torch.int32)
 
     def _of_tiles(self, starts: Array, stops: Array) -> Array:
         """[B, tiles, 2]: the first key that some row of a tile sees, and the first of the tile's window."""
@@ -261,31 +289,28 @@ class _Call:
     def run(self, out: Array | None = None) -> Array:
         if out is None:
             out = self.p.q.new_empty((*self.p.q.shape[:3], self.value_size))
-        self.choose()
-        self._attend(out)
+        for start, tiles in self.choose():
+            self._attend(start, tiles, out)
         return out
 
-    def choose(self) -> None:
+    def choose(self) -> Iterator[tuple[int, int]]:
+        """The lists of some tiles after others: the first of them, and how many."""
         self._prepare()
-        self._normalise()
         for start in range(0, self.tiles, self.slab):
             tiles = min(self.slab, self.tiles - start)
+            self._normalise(start, tiles)
             self._score(start, tiles)
-            self._choose(start, tiles)
+            (self._choose if self.counted else self._collect)(start, tiles)
+            yield start, tiles
 
     def selection(self) -> Selection:
-        """The kept keys of every row, from the lists."""
+        """The kept keys of every row."""
         torch = sys.modules["torch"]
-        self.choose()
         p = self.p
         position = torch.arange(p.num_queries, device=p.q.device) + self.first
         tile = position // p.rule.tile
-        lists = self.lists.view(*p.k.shape[:2], self.tiles, self.size).long()
-        counts = self.counts.view(*p.k.shape[:2], self.tiles, 1)
-        listed = torch.arange(self.size, device=p.q.device) < counts
-        lists = torch.where(listed, lists, p.num_keys)
-        kept = torch.zeros((*lists.shape[:3], p.num_keys + 1), dtype=torch.bool, device=p.q.device)
-        kept = kept.scatter_(3, lists, True)[..., : p.num_keys][:, :, tile - tile[0]]
+        of_tiles = [self._listed(tiles) for _, tiles in self.choose()]
+        kept = torch.cat(of_tiles, 2)[:, :, tile - tile[0]]
         key = torch.arange(p.num_keys, device=p.q.device)
         if p.ranges is None:
             kept |= key > (tile * p.rule.tile - self.window)[:, None]
@@ -296,47 +321,80 @@ class _Call:
             kept &= ((key >= starts[..., None]) & (key < stops[..., None]))[:, None]
         return Selection.from_kept(kept.repeat_interleave(self.group, 1), p.rule.most_kept(p.num_keys))
 
+    def _listed(self, tiles: int) -> Array:
+        """What the lists of the slab hold as they are now, and anything after a tile, [B, Hkv, tiles, Tk]."""
+        torch = sys.modules["torch"]
+        keys, shape = self.p.num_keys, (*self.p.k.shape[:2], tiles)
+
+        def of_slab(x: Array) -> Array:
+            return x.flatten()[: self.lanes * tiles * math.prod(x.shape[2:])].view(*shape, *x.shape[2:])
+
+        if self.bits is not None:
+            words = of_slab(self.bits)[:, :, :, 0, :, None]
+            bits = words >> torch.arange(32, dtype=torch.int32, device=words.device)
+            return (bits & 1).flatten(3)[..., :keys] > 0
+        lists = of_slab(self.lists).long()
+        listed = torch.arange(self.room, device=lists.device) < of_slab(self.counts)[..., None]
+        kept = torch.zeros((*shape, keys + 1), dtype=torch.bool, device=lists.device)
+        return kept.scatter_(3, torch.where(listed, lists, keys), True)[..., :keys]
+
     # ---- The passes
 
-    def _columns(self) -> dict[str, Any]:
+    def _columns(self, positions: int) -> dict[str, Any]:
+        """Of programs that work on so many positions."""
         return {
             "G": self.group,
             "T": self.p.rule.tile,
-            "TQ": self.positions,
+            "TQ": positions,
             "GP": self.group_slots,
             "D": self.head_size,
-            "BD": self.low.shape[2],
         }
 
     def _prepare(self) -> None:
-        blocks = 2 if self.low.shape[2] <= 128 else 1
+        blocks = 2 if self.slots <= 128 else 1
         q = rows_of((self.p.whole or self.p).q)
+        sizes = {"D": self.head_size, "SLOTS": self.slots, "BD": self.low.shape[2]}
+        self.kernels.sample[self.lanes,](
+            q, self.k, self.units, self.centre, self.picked, self.of_all,
+            *_strides(q), *_strides(self.k), self.kv_heads, q.shape[2], self.p.num_keys,
+            G=self.group, RANGES=self.masked, **sizes,
+        )  # fmt: skip
         self.kernels.prepare[self.padded // 64 // blocks, self.lanes](
-            q, self.k, self.v, self.low, self.k_mean, self.low_mean, self.v_mean,
-            self.units, self.of_all,
-            *_strides(q), *_strides(self.k), *_strides(self.v),
-            self.kv_heads, q.shape[2], self.p.num_keys, self.padded, self.blocks,
-            G=self.group, D=self.head_size, DV=self.value_size, BD=self.low.shape[2], BDV=self.value_slots,
-            BLOCKS=blocks, RANGES=self.masked,
+            self.k, self.v, self.low, self.k_mean, self.low_mean, self.v_mean, self.units, self.centre,
+            self.picked, *_strides(self.k), *_strides(self.v),
+            self.kv_heads, self.p.num_keys, self.padded, self.blocks,
+            DV=self.value_size, BDV=self.value_slots, BLOCKS=blocks, **sizes,
         )  # fmt: skip
 
-    def _normalise(self) -> None:
-        self.kernels.normalise[self.tiles * self.parts, self.lanes](
-            self.q, self.low, self.low_mean, self.units, self.low_q, self.normaliser, *self.ranges,
-            *_strides(self.q), self.kv_heads, self.p.num_queries, self.padded, self.first, self.p.scale,
-            **self._columns(), RANGES=self.masked, **self.launch.normalise,
+    def _normalise(self, start: int, tiles: int) -> None:
+        floor = math.log2(self.p.rule.min_share) if self.p.rule.min_share else 0.0
+        self.kernels.normalise[tiles * self.parts, self.lanes](
+            self.q, self.low, self.low_mean, self.units, self.picked, self.low_q, *self.ranges,
+            self.of_tiles, *_strides(self.q), self.kv_heads, self.p.num_queries, self.padded, self.first,
+            start * self.parts, self.tiles, self.p.scale, floor,
+            **self._columns(self.positions), SLOTS=self.slots, BD=self.low.shape[2], WINDOW=self.window,
+            RANGES=self.masked, **self.launch.normalise,
         )  # fmt: skip
 
     def _score(self, start: int, tiles: int) -> None:
         for hidden in (False, True) if self.masked else (False,):
             self.kernels.score[tiles * self.score_parts, self.lanes](
-                self.low_q, self.low, self.units, self.normaliser, self.scores, self.groups, *self.ranges,
-                self.of_tiles, self.kv_heads, self.p.num_queries, self.padded, self.first,
-                start * self.score_parts, self.tiles * self.score_parts, self.p.scale,
+                self.low_q, self.low, self.bits, self.scores, self.groups, *self.ranges, self.of_tiles,
+                self.kv_heads, self.p.num_queries, self.padded, self.first,
+                start * self.score_parts, self.tiles * self.score_parts,
                 T=self.p.rule.tile, TQ=self.score_positions, POSITIONS=self.positions, GP=self.group_slots,
                 BD=self.low.shape[2], WINDOW=self.window, GROUP=_GROUP if self.grouped else 0,
-                RANGES=self.masked, HIDDEN=hidden, **self.launch.score,
+                RANGES=self.masked, HIDDEN=hidden, COUNT=self.counted, **self.launch.score,
             )  # fmt: skip
+
+    def _collect(self, start: int, tiles: int) -> None:
+        rule = self.p.rule
+        self.kernels.collect[tiles, self.lanes](
+            self.bits, self.lists, self.counts, self.tail, self.of_tiles,
+            self.kv_heads, self.padded, self.first, start, self.tiles, self.room,
+            T=rule.tile, SUBS=self.score_parts, WINDOW=self.window, SINKS=rule.sinks, WORDS=_WORDS,
+            RANGES=self.masked, num_warps=4,
+        )  # fmt: skip
 
     def _choose(self, start: int, tiles: int) -> None:
         rule = self.p.rule
@@ -346,23 +404,25 @@ class _Call:
             self.scores, self.groups, self.lists, self.counts, self.hits, self.tail, self.of_tiles,
             self.kv_heads, self.padded, self.first, start, self.tiles,
             T=rule.tile, SUBS=self.score_parts, WINDOW=self.window, SINKS=rule.sinks,
-            SINK_SLOTS=power_of_2(rule.sinks), K=rule.top_k, SIZE=self.size, GROUP=_GROUP,
+            SINK_SLOTS=power_of_2(rule.sinks), K=rule.top_k, SIZE=self.room, GROUP=_GROUP,
             GROUPS=max(32, power_of_2(groups)) if self.grouped else 0,
-            ROWS=rows, WORDS=power_of_2(self.padded // 256), RANGES=self.masked,
+            ROWS=rows, WORDS=power_of_2(self.padded // 256), SHARE=rule.min_share > 0, RANGES=self.masked,
             num_warps=16 if rows > _ROWS else 8,
         )  # fmt: skip
 
-    def _attend(self, out: Array) -> None:
+    def _attend(self, start: int, tiles: int, out: Array) -> None:
         p = self.p
-        self.kernels.attend[self.tiles * self.parts, self.lanes](
-            self.q, self.k, self.v, self.k_mean, self.v_mean, self.lists, self.counts, self.tail, out,
-            *self.ranges, self.of_tiles,
+        positions = min(p.rule.tile, self.launch.attend_columns // self.group_slots)
+        self.kernels.attend[tiles * (p.rule.tile // positions), self.lanes](
+            self.q, self.k, self.v, self.k_mean, self.v_mean, self.lists, self.counts, self.bits, self.tail,
+            out, *self.ranges, self.of_tiles,
             *_strides(self.q), *_strides(self.k), *_strides(self.v), *_strides(out),
-            self.kv_heads, p.num_queries, p.num_keys, self.padded, self.blocks, self.first, self.tiles,
-            p.scale,
-            **self._columns(), DV=self.value_size, BDV=self.value_slots,
-            WINDOW=self.window, SIZE=self.size, TAIL=p.rule.tail == "centroid", RANGES=self.masked,
-            INT64=max(self._reach(self.k), self._reach(self.v)) >= 2**31, **self.launch.attend,
+            self.kv_heads, p.num_queries, p.num_keys, self.padded, self.blocks, self.first, start, self.tiles,
+            self.room, p.scale,
+            **self._columns(positions), DV=self.value_size, BD=self.slots, BDV=self.value_slots,
+            WINDOW=self.window, SUBS=0 if self.counted else self.score_parts, TAIL=p.rule.tail == "centroid",
+            RANGES=self.masked, INT64=max(self._reach(self.k), self._reach(self.v)) >= 2**31,
+            **self.launch.attend,
         )  # fmt: skip
 
     def _reach(self, x: Array) -> int:
@@ -374,6 +434,13 @@ def _strides(x: Array) -> tuple[int, ...]:
     """Of all axes but the last. That of a single batch entry, which is used by nobody, is 0: else it would
     depend on the number of tokens, and kernels are compiled for strides."""
     return (0 if x.shape[0] == 1 else x.stride(0), *x.stride()[1:3])
+
+
+def _low_size(head_size: int, counted: bool) -> int:
+    """The dimensions that choosing looks at, with those of the threshold. By share half are enough, for where
+    they show less, more keys are kept. A list of so many keys has none to spare."""
+    size = power_of_2(head_size)
+    return max(32 if head_size <= 29 else 64, min(size, 128) if counted else size // 2)
 
 
 def _low_dtype(q: Array) -> Any:

@@ -27,7 +27,7 @@ def compiled() -> int:
     """Kernels that Triton has compiled for us in this process."""
     from sparsek.kernels import triton_kernels as kernels
 
-    names = "prepare", "normalise", "score", "choose", "attend"
+    names = "sample", "prepare", "normalise", "score", "collect", "choose", "attend"
     caches = [cache[0] for name in names for cache in getattr(kernels, name).device_caches.values()]
     return sum(map(len, caches))
 
