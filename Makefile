@@ -178,7 +178,7 @@ STUDIED := build/study-$(or $(basename $(notdir $(MODEL))),embedded).jsonl
 study: $(READY) ## add to what docs/choosing-k.md shows, half an hour; MODEL=FILE for another model
 	mkdir -p build
 	for n in 1024 2048 4096 8192; do \
-	  $(STUDY) --context $$n -k 16,32,64,96,128,256 || exit 1; \
+	  $(STUDY) --context $$n -k 16,32,64,96,128,256,0.0005,0.001,0.0015,0.002,0.003,0.004 || exit 1; \
 	done > $(STUDIED)
 	for form in "--pure" "--sinks 0 --window 0" "--window 8" "--window 64" "--tail none" "--dense-layers none"; do \
 	  $(STUDY) --context 4096 -k 64 $$form || exit 1; \

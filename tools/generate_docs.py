@@ -23,7 +23,7 @@ import click
 from sparsek import SparseKConfig, recommend_k
 from sparsek.cli import COMMANDS, cli
 from sparsek.config import budget_range
-from sparsek.policy import auto_top_k, on_cpu
+from sparsek.policy import AUTO_SHARE, auto_top_k, on_cpu
 from sparsek.report.tables import markdown_table, milliseconds, with_error, with_quartiles
 
 ROOT = Path(__file__).parent.parent
@@ -204,20 +204,20 @@ def gpu() -> str:
     if not (RECORDS / "attention-gpu.jsonl").exists():
         return ""
     records = _records("attention-gpu.jsonl")
-    flex = {(r["tokens"], r["top_k"]): r for r in records if r["baseline"] == "flex"}
+    flex = {(r["tokens"], r["top_k"], r["inputs"]): r for r in records if r["baseline"] == "flex"}
     prompts, steps = [], []
     for r in records:
         if r["baseline"] == "flex":
             continue
         measured = [
-            "all" if r["top_k"] == r["tokens"] else str(r["top_k"]),
+            _kept(r),
             f"{milliseconds(r['baseline_ms'])} {r['baseline']}",
             milliseconds(r["ms"]),
             with_quartiles(r["ratio"], r["ratio_low"], r["ratio_high"]),
         ]
         checked = [f"{r['max_abs_err']:.1e}", f"{r['peak_mib'] / r['baseline_peak_mib']:.2f}"]
         if r["queries"] == r["tokens"]:
-            same = flex.get((r["tokens"], r["top_k"]))
+            same = flex.get((r["tokens"], r["top_k"], r["inputs"]))
             beside = f"{same['ratio']:.2f}" if same else "-"
             prompts.append([str(r["tokens"]), *measured, beside, *checked])
         else:
@@ -243,6 +243,13 @@ def gpu() -> str:
         "against float64 over the same keys. Memory: the peak of one call, inputs included. "
         f"{_window(records)}\n\n{_gpu_model()}{_gpu_quality()}"
     )
+
+
+def _kept(record: dict[str, Any]) -> str:
+    """The keys of a list; by share what rows keep on average."""
+    if record["top_k"] == record["tokens"]:
+        return "all"
+    return f"{record['kept']:.0f}" if record.get("min_share") else str(record["top_k"])
 
 
 def _gpu_model() -> str:
@@ -362,11 +369,16 @@ def _gpu_quality() -> str:
 
 
 def _keys_of_a_list(record: dict[str, Any]) -> str:
+    if record["config"].get("min_share"):
+        return str(record["top_k"])  # "share 0.002"
     top_k = record.get("top_k_used", record["config"]["top_k"])
+    if top_k is None:
+        return f"share {AUTO_SHARE:g}"
     return str(_FIRST_AUTO if top_k == "auto" else top_k)
 
 
 _FIRST_AUTO = 384  # keys, of "auto" at 8192 tokens in the first records, which do not say what it was
+Study = dict[str, dict[int, dict[float, dict[str, Any]]]]  # records by model, context and K or share
 TIMINGS = {"graph": "replayed CUDA graphs", "calls": "plain calls"}
 
 
@@ -381,17 +393,30 @@ def _cuda(machine: dict[str, Any]) -> str:
 
 def study_kl() -> str:
     """KL by context and K, a table for each model."""
+    return _study_tables(_study(), "K {}", lambda r: f"{r['kl_mean']:.4f}")
+
+
+def study_shares() -> str:
+    """KL and kept keys by context and share, a table for each model."""
+    return _study_tables(
+        _study(by_share=True),
+        "share {:g}",
+        lambda r: f"{r['kl_mean']:.4f} ({r['kept_mean']:.0f})",
+        " In brackets: keys kept.",
+    )
+
+
+def _study_tables(studied: Study, title: str, cell: Callable[[dict[str, Any]], str], note: str = "") -> str:
     tables = []
-    for model, by_context in _study().items():
+    for model, by_context in studied.items():
         budgets = sorted({k for found in by_context.values() for k in found})
         rows = [
-            [str(context), *(f"{found[k]['kl_mean']:.4f}" if k in found else "-" for k in budgets)]
+            [str(context), *(cell(found[k]) if k in found else "-" for k in budgets)]
             for context, found in by_context.items()
         ]
-        tables.append(
-            f"{markdown_table(['tokens', *(f'K {k}' for k in budgets)], rows)}\n\n{model}, "
-            f"{next(iter(next(iter(by_context.values())).values()))['text']}."
-        )
+        text = next(iter(next(iter(by_context.values())).values()))["text"]
+        table = markdown_table(["tokens", *map(title.format, budgets)], rows)
+        tables.append(f"{table}\n\n{model}, {text}.{note}")
     return "\n\n".join(tables)
 
 
@@ -421,7 +446,7 @@ def study_tiles() -> str:
     return markdown_table(["model", "keys of a list", "KL", "K of each query with that KL"], rows)
 
 
-def _needed(found: dict[int, dict[str, Any]], target: float = TARGET) -> str:
+def _needed(found: dict[float, dict[str, Any]], target: float = TARGET) -> str:
     """The smallest K whose KL is `target`, between the measured ones."""
     points = sorted((k, r["kl_mean"]) for k, r in found.items())
     if not points:
@@ -480,13 +505,15 @@ def study_tune() -> str:
     )
 
 
-def _study() -> dict[str, dict[int, dict[int, dict[str, Any]]]]:
-    """Records of the default form: by model, context and K."""
+def _study(*, by_share: bool = False) -> Study:
+    """Records of the default form with a K, or with a share."""
     default = _form(SparseKConfig(top_k=64))
-    found: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}
+    found: Study = {}
     for r in _records("choosing-k.jsonl"):
-        if _form({**r["config"], "top_k": 64}) == default:
-            found.setdefault(r["model"], {}).setdefault(r["context"], {})[r["top_k"]] = r
+        share = r["config"].get("min_share", 0.0)
+        if bool(share) == by_share and _form({**r["config"], "top_k": 64, "min_share": 0.0}) == default:
+            of_context = found.setdefault(r["model"], {}).setdefault(r["context"], {})
+            of_context[share if by_share else r["top_k"]] = r
     return found
 
 
@@ -529,6 +556,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "vllm": vllm,
     "vllm_cpu": vllm_cpu,
     "study_kl": study_kl,
+    "study_shares": study_shares,
     "study_rules": study_rules,
     "study_forms": study_forms,
     "study_tiles": study_tiles,
