@@ -133,27 +133,29 @@ bench: $(READY) ## measure the embedded model and record it in benchmarks/; want
 
 GPU := $(BIN)/sparsek bench-attention --device cuda --heads 32 --kv-heads 8 --head-dim 128 \
   --dtype bfloat16 -o jsonl
-# Not written into $(if), whose arguments end at commas.
-LISTS := -k auto,1024
-QUALITY_GPU := $(BIN)/sparsek eval --device cuda --select tile -o jsonl --context
-bench-gpu: $(READY) ## measure speed and quality on a CUDA device and record them in benchmarks/; MODEL=... adds one
+QUALITY_GPU := $(BIN)/sparsek eval --device cuda --engine transformers --select tile -k auto,0.002,0.008 -o jsonl --context
+bench-gpu: $(READY) ## measure on a CUDA device and record it in benchmarks/; MODEL=FILE and TEXT=FILE add one
 	mkdir -p build
-	$(GPU) --tokens 1024,2048,4096,8192,16384,32768,65536,131072 > build/attention-gpu.jsonl
-	$(GPU) --tokens 8192,32768 --baseline flex >> build/attention-gpu.jsonl
+	$(GPU) --tokens 1024,2048,4096 > build/attention-gpu.jsonl
+	for test in "8192 450" "16384 700" "32768 1200" "32768 2600" "65536 1800" "131072 2500"; do set -- $$test; \
+	  $(GPU) --tokens $$1 --kept $$2 || exit 1; \
+	done >> build/attention-gpu.jsonl
+	for test in "8192 450" "32768 1200"; do set -- $$test; \
+	  $(GPU) --tokens $$1 --kept $$2 --baseline flex || exit 1; \
+	done >> build/attention-gpu.jsonl
 	for batch in 1 8; do \
 	  $(GPU) --select tile --tokens 8192,32768,131072 --queries 1 --index --batch $$batch || exit 1; \
 	done >> build/attention-gpu.jsonl
-	$(QUALITY_GPU) 8192 > build/quality-gpu.jsonl
-	$(if $(MODEL),for n in 8192 16384 32768; do \
-	  $(QUALITY_GPU) $$n $(LISTS) -m $(MODEL) || exit 1; \
-	done >> build/quality-gpu.jsonl)
+	for text in "" $(if $(TEXT),"--text $(TEXT)"); do \
+	  $(QUALITY_GPU) 8192 $$text || exit 1; \
+	  $(if $(MODEL),for n in 8192 16384 32768; do $(QUALITY_GPU) $$n $$text -m $(MODEL) || exit 1; done;) \
+	done > build/quality-gpu.jsonl
 	mv build/attention-gpu.jsonl build/quality-gpu.jsonl benchmarks/
 
-BIG := build/llama-8b-random-weights
-bench-gpu-model: $(READY) ## measure a whole model of 8 billion weights on a CUDA device; 16 GB of disk
+bench-gpu-model: $(READY) ## measure a whole model of 8 billion weights on a CUDA device
 	mkdir -p build
-	$(BIN)/python tools/random_model.py $(BIG)
-	$(BIN)/sparsek bench --device cuda -m $(BIG) -p 4096,8192,16384,32768,65536,131072 -n 0 -o jsonl > build/speed-gpu.jsonl
+	$(BIN)/sparsek bench --engine transformers --device cuda --random-weights -m benchmarks/llama-8b-shape \
+	  -p 4096,8192,16384,32768,65536,131072 -n 0 -o jsonl > build/speed-gpu.jsonl
 	mv build/speed-gpu.jsonl benchmarks/
 
 SMOL := build/smollm2
@@ -172,7 +174,8 @@ bench-vllm-gpu: ## measure vLLM on the GPUs of this machine, with the `python3` 
 	  torchrun --nproc-per-node 2 --no-python $(SHAPE) -p 32768,131072 -n 0 >> build/speed-vllm.jsonl; fi
 	mv build/speed-vllm.jsonl build/requests-vllm.jsonl benchmarks/
 
-# Quality against K at several lengths, and of other forms at one K. Sliding windows under 1024 stay dense.
+# Quality against K and shares at several lengths, and of other forms at one K. Sliding windows under 1024 stay
+# dense.
 STUDY := $(BIN)/sparsek eval --engine transformers --min-context 1024 -o jsonl $(if $(MODEL),-m $(MODEL))
 STUDIED := build/study-$(or $(basename $(notdir $(MODEL))),embedded).jsonl
 study: $(READY) ## add to what docs/choosing-k.md shows, half an hour; MODEL=FILE for another model

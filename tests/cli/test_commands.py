@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sparsek import SparseKConfig, __version__, policy
-from sparsek.bench import inputs
+from sparsek.bench import planted
 from sparsek.bench.attention_call import AttentionRecord
 from sparsek.bench.model import BenchRecord
 from sparsek.cli import COMMANDS, main
@@ -173,7 +173,7 @@ def test_bench_attention_on_cuda_is_in_bfloat16(
         raise ValueError(f"{given['dtype']} on {given['device']}")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(inputs, "random_inputs", stop)
+    monkeypatch.setattr(planted, "planted_inputs", stop)
     call = ["bench-attention", "--device", "cuda"]
     assert sparsek_fails(*call) == "sparsek: bfloat16 on cuda"
     assert sparsek_fails(*call, "--dtype", "float16") == "sparsek: float16 on cuda"

@@ -81,7 +81,7 @@ README = str(Path(__file__).parents[2] / "README.md")
         ),
         (["bench-attention", "-k", "0"], "give a K to measure"),
         (["bench-attention", "--batch", "0"], "0 is not in the range"),
-        (["bench-attention", "--batch", "2", "--inputs", "model"], "--batch is for --inputs random"),
+        (["bench-attention", "--batch", "2", "--inputs", "model"], "--batch is for random inputs"),
         (["bench-attention", "--baseline", "flex"], "--baseline flex needs --device cuda"),
         (["info", "--context", "0"], "0 is not in the range"),
         (

@@ -243,6 +243,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert (sparse - expected).abs().mean() < 0.02 * expected.abs().mean()
 
 
+@pytest.mark.skipif(" " in torch.__file__, reason="PyTorch's compiler does not work in a folder with a space")
 def test_compiled_model_gives_the_same() -> None:
     model = integration.enable(llama(), SPARSE)
     expected = [prefill(model), model(tokens(2, 40), use_cache=False).logits]

@@ -30,8 +30,8 @@ class AttentionRecord:
     """One shape and configuration. Times in milliseconds, medians; `ratio` is baseline over ours, the
     median of paired repetitions, with its quartiles. `max_abs_err` is against float64 over the kept set.
     `kept`: keys that a row keeps on average.
-    `index`: the keys had been indexed before, as those of a KV cache are. `baseline`: what ran; "cudnn" or
-    "flash" where PyTorch's attention was asked for on CUDA. `timing`: "graph", replays of CUDA graphs, or
+    `index`: the keys had been indexed before, as those of a KV cache are. `baseline`: what ran; "cudnn",
+    "flash" or "fa3" where the fastest was asked for on CUDA. `timing`: "graph", replays of CUDA graphs, or
     "calls". Only on CUDA: `host_us`, microseconds of the host for one call of ours, and peaks of memory, with
     the inputs."""
 
@@ -72,7 +72,7 @@ def bench_attention(
     inputs: Inputs,
     config: SparseKConfig,
     *,
-    baseline: str = "sdpa",
+    baseline: str = "fastest",
     backend: str = "auto",
     index: bool = False,
     threads: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import warnings
@@ -20,25 +21,69 @@ from .kept import mean_kept
 from .timing import alternate
 
 _FLEX_BLOCK: Final = 128  # FlexAttention's own
+_HOPPER: Final = 9  # compute capability, which flash attention 3 is written for
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """`call` is what is timed; `name` says what runs: "cudnn" or "flash" where "sdpa" was asked for."""
+    """`call` is what is timed; `name` says what runs: "cudnn", "flash" or "fa3" for the fastest."""
 
     name: str
     call: Call
 
 
+def _fastest(p: Problem) -> Baseline:
+    """The fastest dense attention that is here: PyTorch's and, on CUDA, flash attention 3."""
+    return _fastest_of(p, _fused(p) | _flash_3(p))
+
+
 def _sdpa(p: Problem) -> Baseline:
     """PyTorch's dense attention in its fastest form."""
-    fused = {name: call for name, call in _fused(p).items() if _is_taken(call)}
+    return _fastest_of(p, _fused(p))
+
+
+def _fa3(p: Problem) -> Baseline:
+    """Flash attention 3."""
+    calls = _flash_3(p)
+    if not calls:
+        raise ValueError(
+            "baseline = 'fa3': needs a GPU like the H100, and flash attention 3, which comes with vLLM and "
+            "with flash-attn's package flash_attn_interface"
+        )
+    return Baseline("fa3", calls["fa3"])
+
+
+def _fastest_of(p: Problem, calls: dict[str, Call]) -> Baseline:
+    fused = {name: call for name, call in calls.items() if _is_taken(call)}
     if not fused:
         return Baseline("sdpa", _default(p))
     timed, _ = cuda_timing.samplers(list(fused.values()))
     seconds = dict(zip(fused, map(statistics.median, alternate(timed, 3)), strict=True))
     fastest = min(seconds, key=lambda name: seconds[name])
     return Baseline(fastest, fused[fastest])
+
+
+def _flash_3(p: Problem) -> dict[str, Call]:
+    """Flash attention 3 on q, k and v [B, T, H, D], with whatever strides; {} where it is not to be had."""
+    if p.q.device.type != "cuda" or torch.cuda.get_device_capability(p.q.device)[0] != _HOPPER:
+        return {}
+    q, k, v = (x.transpose(1, 2) for x in (p.q, p.k, _values(p)))
+    with contextlib.suppress(ImportError):
+        from flash_attn_interface import flash_attn_func
+
+        return {"fa3": lambda: flash_attn_func(q, k, v, softmax_scale=p.scale, causal=True)}
+    with contextlib.suppress(ImportError):
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+        def ends(length: int) -> torch.Tensor:
+            return torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device) * length
+
+        rows: dict[str, Any] = {"cu_seqlens_q": ends(q.shape[1]), "max_seqlen_q": q.shape[1]}
+        keys = {"cu_seqlens_k": ends(k.shape[1]), "max_seqlen_k": k.shape[1]}
+        packed = [x.flatten(0, 1) for x in (q, k, v)]  # copies where there are several sequences
+        how: dict[str, Any] = {"softmax_scale": p.scale, "causal": True, "fa_version": 3}
+        return {"fa3": lambda: flash_attn_varlen_func(*packed, **rows, **keys, **how)}
+    return {}
 
 
 def _fused(p: Problem) -> dict[str, Call]:
@@ -171,7 +216,9 @@ def _causal_mask(p: Problem) -> torch.Tensor:
 
 # A baseline makes, from a problem, the call to time; "none" times ours alone.
 BASELINES: Final[dict[str, Callable[[Problem], Baseline | None]]] = {
+    "fastest": _fastest,
     "sdpa": _sdpa,
+    "fa3": _fa3,
     "dense": _dense,
     "topk-mask": _mask,
     "flex": _flex,

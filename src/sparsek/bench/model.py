@@ -16,6 +16,7 @@ from .counts import top_k_used
 from .environment import environment
 from .text import take_tokens
 from .timing import alternate, ratio
+from .usual_lists import with_usual_lists
 
 VERIFY_LAYERS = 4  # of the model, spread over its depth
 VERIFY_ONE_IN = 128  # query rows of each, but 8 of each call at least
@@ -93,10 +94,11 @@ def bench(
     text: str,
     threads: int,
     repetitions: int = 3,
+    usual_lists: bool = False,
     advance: Callable[[], None] = lambda: None,
 ) -> Iterator[BenchRecord]:
     """Run the tests; yields a record per test and configuration. None among `configs` is dense attention,
-    the baseline of the others.
+    the baseline of the others. `usual_lists`: see usual_lists.py, for random weights.
 
     Raises:
         ValueError: a test needs more tokens than the model's context.
@@ -109,14 +111,18 @@ def bench(
     tokens = take_tokens(engine, text, longest)
     layers = attending_layers(engine) if any(configs) else []
     for test in planned:
-        calls = [_timed(engine, test, tokens, config) for config in configs]
-        checks = untimed(engine, calls, configs, layers)
+        asked = list(configs)
+        if usual_lists:
+            of_test = tokens[: test.prompt or test.depth]
+            asked = [with_usual_lists(config, engine, of_test, layers) for config in configs]
+        calls = [_timed(engine, test, tokens, config) for config in asked]
+        checks = untimed(engine, calls, asked, layers)
         samples = alternate(calls, repetitions, advance)
         if test.generated and engine.generation_goes_on:  # by now over more keys
-            after = untimed(engine, calls, configs, layers)
+            after = untimed(engine, calls, asked, layers)
             checks = [first.joined(last) for first, last in zip(checks, after, strict=True)]
         dense = samples[configs.index(None)] if None in configs else None
-        for config, check, seconds in zip(configs, checks, samples, strict=True):
+        for config, check, seconds in zip(asked, checks, samples, strict=True):
             yield _record(engine, test, config, check, seconds, dense, threads)
 
 

@@ -14,6 +14,7 @@ from .environment import environment
 from .model import Check, untimed
 from .text import take_tokens
 from .timing import alternate, ratio
+from .usual_lists import with_usual_lists
 
 _APART = 997  # tokens between the beginnings of two prompts, so that none is like another
 
@@ -84,6 +85,7 @@ def bench_requests(
     generated: int,
     text: str,
     repetitions: int = 3,
+    usual_lists: bool = False,
     advance: Callable[[], None] = lambda: None,
 ) -> Iterator[RequestsRecord]:
     """A record for each length of the prompts and each configuration; None among these is dense attention.
@@ -100,10 +102,14 @@ def bench_requests(
     for length in lengths:
         check_fits(length + generated, engine.context_length)
     tokens = take_tokens(engine, text, max(lengths) + _APART * requests)
+    layers = engine.sparse_layers or []
     for length in lengths:
         prompts = [tokens[_APART * i :][:length] for i in range(requests)]
-        calls = [_Call(engine, prompts, generated, config) for config in configs]
-        checks = untimed(engine, calls, configs, engine.sparse_layers or [])
+        asked = list(configs)
+        if usual_lists:
+            asked = [with_usual_lists(config, engine, prompts[0], layers) for config in configs]
+        calls = [_Call(engine, prompts, generated, config) for config in asked]
+        checks = untimed(engine, calls, asked, layers)
         for call in calls:
             call.times.clear()
         alternate(calls, repetitions, advance)

@@ -110,7 +110,8 @@ REQUESTS_COLUMNS: Final = [
 @click.option(
     "--random-weights",
     is_flag=True,
-    help="The model directory has a config.json alone: weights of that shape, for speed; engine vllm.",
+    help="The model directory has a config.json alone: weights of that shape, for speed; engines "
+    "transformers and vllm. The share of -k auto is then one with which lists are as long as in real models.",
 )
 @click.option("--text", metavar="FILE", help="Text to make prompts of.  [default: Python's own manual]")
 @rule_options
@@ -186,6 +187,7 @@ def command(
                 generated=generate,
                 text=words,
                 repetitions=repetitions,
+                usual_lists=random_weights,
                 advance=advance,
             ):
                 shown.add(served)
@@ -202,6 +204,7 @@ def command(
             text=words,
             threads=use_threads(threads),
             repetitions=repetitions,
+            usual_lists=random_weights,
             advance=advance,
         ):
             records.append(record)

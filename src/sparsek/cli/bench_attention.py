@@ -6,9 +6,10 @@ from typing import Any, Final
 
 import click
 
-from ..config import budget_words
+from ..config import SparseKConfig, budget_words
 from ..engines.base import check_device
 from ..kernels.dispatch import BACKENDS
+from ..policy import on_device
 from ..report.tables import milliseconds, rule_text, with_quartiles
 from .notes import note_dense, note_spread
 from .options import (
@@ -71,10 +72,16 @@ _DTYPES: Final = {"cpu": "float32", "cuda": "bfloat16"}
 )
 @click.option(
     "--inputs",
-    type=click.Choice(["random", "model"]),
-    default="random",
-    show_default=True,
-    help="Normal random numbers, or q, k, v of a model on real text.",
+    type=click.Choice(["planted", "random", "model"]),
+    help="planted: random numbers with strong connections, as many as --kept says and as they lie in real "
+    "heads; random: normal numbers, which have none; model: q, k, v of a model on real text.  [default: "
+    "planted on a GPU, for shares and with --kept, else random]",
+)
+@click.option(
+    "--kept",
+    type=click.IntRange(1),
+    help="For --inputs planted: the keys that a row keeps, by the first share of -k.  [default: as many as "
+    "in real models, of 8192 on a GPU 450 by a share of 0.004 and on the CPU 117 by 0.002]",
 )
 @click.option("-m", "--model", metavar="PATH", help="Model for --inputs model.  [default: embedded model]")
 @click.option("--layer", type=click.IntRange(0), help="Its layer.  [default: the middle one]")
@@ -88,11 +95,12 @@ _DTYPES: Final = {"cpu": "float32", "cuda": "bfloat16"}
 )
 @click.option(
     "--baseline",
-    type=click.Choice(["sdpa", "dense", "topk-mask", "flex", "none"]),
-    default="sdpa",
+    type=click.Choice(["fastest", "sdpa", "fa3", "dense", "topk-mask", "flex", "none"]),
+    default="fastest",
     show_default=True,
-    help="PyTorch's dense attention, on CUDA the faster of cuDNN and flash attention; our own; top-K as a "
-    "-inf mask over PyTorch's; or, on CUDA, FlexAttention over as many keys in random blocks.",
+    help="The fastest dense attention that is here; PyTorch's, on CUDA the faster of cuDNN and flash "
+    "attention 2; flash attention 3, from vLLM or flash-attn; our own; top-K as a -inf mask over PyTorch's; "
+    "or, on CUDA, FlexAttention over as many keys in random blocks.",
 )
 @click.option(
     "--index", is_flag=True, help="With the keys indexed beforehand, as in a SparseKCache: for few --queries."
@@ -112,7 +120,8 @@ def command(
     head_dim: int,
     batch: int,
     top_k: list[Budget] | None,
-    inputs: str,
+    inputs: str | None,
+    kept: int | None,
     model: str | None,
     layer: int | None,
     dtype: str | None,
@@ -135,22 +144,30 @@ def command(
     \b
     Examples:
       sparsek bench-attention
-      sparsek bench-attention --tokens 8192 --heads 9 --kv-heads 3 --head-dim 64 -k 64 --baseline sdpa -o json
+      sparsek bench-attention --tokens 8192 --heads 9 --kv-heads 3 --head-dim 64 -k 64 -o json
       sparsek bench-attention --tokens 2048,4096 -k 32,64 --pure --inputs model
       sparsek bench-attention --tokens 32768 --queries 1 --index -k 128
-      sparsek bench-attention --device cuda --heads 32 --kv-heads 8 --head-dim 128
+      sparsek bench-attention --device cuda --heads 32 --kv-heads 8 --head-dim 128 --tokens 8192,32768
+      sparsek bench-attention --device cuda --heads 32 --kv-heads 8 --head-dim 128 --kept 1200 --baseline fa3
     """
     from ..bench.attention_call import bench_attention
     from ..bench.capture import model_inputs
     from ..bench.inputs import random_inputs
+    from ..bench.planted import planted_inputs
 
     configs = [config for config in make_configs(top_k, None, **rule) if config]
     if not configs:
         raise click.UsageError("-k 0 is dense attention, which is the baseline: give a K to measure")
+    shares = [config for config in configs if config.min_share]
+    if inputs is None:
+        inputs = "planted" if device == "cuda" or shares or kept is not None else "random"
+    planted_for = on_device(shares[0] if shares else SparseKConfig(), device)
     if queries is not None and queries > min(tokens):
         raise click.UsageError(f"{queries} queries are more than {min(tokens)} tokens")
     if batch > 1 and inputs == "model":
-        raise click.UsageError("--batch is for --inputs random: the model reads one text")
+        raise click.UsageError("--batch is for random inputs: the model reads one text")
+    if kept is not None and inputs != "planted":
+        raise click.UsageError("--kept is for --inputs planted")
     if baseline == "flex" and device != "cuda":
         raise click.UsageError("--baseline flex needs --device cuda")
     dtype = dtype or _DTYPES[device]
@@ -169,17 +186,21 @@ def command(
                     model, tokens=length, queries=rows, layer=layer, dtype=dtype, device=device
                 )
             else:
-                given = random_inputs(
-                    tokens=length,
-                    queries=rows,
-                    heads=heads,
-                    kv_heads=kv_heads,
-                    head_dim=head_dim,
-                    batch=batch,
-                    dtype=dtype,
-                    device=device,
-                    seed=seed,
-                )
+                shape: dict[str, Any] = {
+                    "tokens": length,
+                    "queries": rows,
+                    "heads": heads,
+                    "kv_heads": kv_heads,
+                    "head_dim": head_dim,
+                    "batch": batch,
+                    "dtype": dtype,
+                    "device": device,
+                    "seed": seed,
+                }
+                if inputs == "planted":
+                    given = planted_inputs(kept=kept, config=planted_for, **shape)
+                else:
+                    given = random_inputs(**shape)
             for config in configs:
                 records.append(
                     bench_attention(

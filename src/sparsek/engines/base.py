@@ -150,6 +150,12 @@ class Engine(Protocol):
         engine's own. Empty where an engine does not count."""
 
 
+def head_size_of(config: Any) -> int:
+    """Of a model's Transformers configuration, which need not say it. Raises AttributeError if it is unlike
+    Llama's."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // int(config.num_attention_heads))
+
+
 def attending_layers(engine: Engine) -> list[int]:
     """The layers whose attention Sparse-K can compute: not all in a hybrid model, and none where a model has
     no attention or the engine keeps it to itself. Costs a short prompt."""
@@ -192,7 +198,8 @@ def open_engine(
         rope_scale: positions are divided by it, so that the model takes contexts that much longer than it was
             trained for: to measure speed, for quality suffers.
         device: "cpu", or "cuda" in the engines transformers and vllm.
-        random_weights: of the shape that the model's config.json says, to measure speed; engine vllm.
+        random_weights: of the shape that the config.json in the directory says, to measure speed; engines
+            transformers and vllm.
 
     Raises:
         ValueError: unknown engine; it does not run on the device, or there is none; what is loaded is not a
@@ -210,8 +217,11 @@ def open_engine(
         raise ValueError(
             f"the engine {name} runs on the CPU here: device {device!r} needs the engine transformers or vllm"
         )
-    if random_weights and name != "vllm":
-        raise ValueError(f"the engine {name} needs a model's weights: random ones are for the engine vllm")
+    if random_weights and (name == "llama" or model is None or not Path(model).is_dir()):
+        raise ValueError(
+            "random weights are for the engines transformers and vllm, and the directory of a config.json: "
+            f"the engine {name} and the model {model or 'inside the package'} were given"
+        )
     options: dict[str, Any] = {} if device == "cpu" else {"device": device}
     if random_weights:
         options["random_weights"] = True

@@ -15,11 +15,12 @@ from transformers import Cache, DynamicCache
 from ..config import SparseKConfig
 from ..integrations import transformers as integration
 from ..integrations.observers import Observer
-from .base import Part, check_device, of_layers
+from .base import Part, check_device, head_size_of, of_layers
 from .gguf_model import not_finite, read_one_file
 from .model_file import find_model
+from .random_weights import RandomTokens
 from .text import shown_name
-from .transformers_loading import load_model
+from .transformers_loading import load_model, make_model
 from .transformers_text import Tokenizer
 
 _LOGIT_ROWS: Final = 256  # rows of [rows, vocabulary] held at once
@@ -41,6 +42,7 @@ class TransformersEngine:
         device: str = "cpu",
         flash_attention: bool = True,  # noqa: ARG002  PyTorch decides
         rope_scale: float = 1.0,
+        random_weights: bool = False,
     ) -> None:
         if rope_scale != 1.0:
             raise ValueError(
@@ -59,19 +61,23 @@ class TransformersEngine:
             file = read_one_file(path)
             self.model, metadata = file.name, file.metadata
         self.model_config = SparseKConfig.from_gguf_metadata(metadata)
-        self._tokenizer = Tokenizer(path, metadata)
-        loaded = load_model(path, torch.float32 if device == "cpu" else torch.bfloat16)
-        self._model = loaded.to(device)
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        self._tokenizer: Tokenizer | RandomTokens
+        if random_weights:
+            self._model = make_model(path, dtype, device)
+            self._tokenizer = RandomTokens(int(self._model.config.get_text_config().vocab_size))
+        else:
+            self._tokenizer = Tokenizer(path, metadata)
+            self._model = load_model(path, dtype).to(device)
         config = self._model.config.get_text_config()
         try:
             self.num_layers = int(config.num_hidden_layers)
             self.num_heads = int(config.num_attention_heads)
-            head_size = getattr(config, "head_dim", None)
-            self.head_size = int(head_size or config.hidden_size // self.num_heads)
+            self.head_size = head_size_of(config)
             self.context_length = int(config.max_position_embeddings)
             self._vocabulary = int(config.vocab_size)
         except AttributeError as error:
-            name = type(loaded).__name__
+            name = type(self._model).__name__
             raise ValueError(
                 f"{name} is not supported, its configuration is unlike Llama's: {error}"
             ) from None

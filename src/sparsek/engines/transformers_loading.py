@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .model_file import utf8_way_to
+from .random_weights import randomise
 from .text import first_line
 from .tokenizer_check import keeps_words_whole
 
@@ -41,6 +42,17 @@ def load_model(path: Path, dtype: torch.dtype) -> Any:
     damaged = _not_finite(model)
     if damaged is not None:
         raise ValueError(f"the weights are not finite, {damaged} among them: {path}")
+    return model.eval()
+
+
+def make_model(path: Path, dtype: torch.dtype, device: str) -> Any:
+    """A model with random weights, of the shape in the directory's config.json. Raises ValueError when there
+    is none that can be read."""
+    with _quietly("configuration", path) as source:
+        config = AutoConfig.from_pretrained(**source)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    randomise(model, config.get_text_config())
     return model.eval()
 
 

@@ -24,13 +24,13 @@ from ..integrations.observers import Observer
 from .base import Part, RequestTimes, check_device, of_layers
 from .gguf_model import not_finite
 from .model_file import find_model
-from .text import check_text, first_line, shown_name
+from .random_weights import RandomTokens, randomise
+from .text import first_line, shown_name
 from .transformers_text import Tokenizer
 
 _LOGIT_ROWS: Final = 256  # rows of [rows, vocabulary] held at once
 _CHUNK: Final = {"cuda": 8192, "cpu": 2048}  # tokens of a batch, as vLLM's server has it
 _MEMORY: Final = 0.7  # of the device, for vLLM: verifying needs some too
-_SPREAD: Final = 0.02  # of random weights
 _PROCESSES: Final = "WORLD_SIZE"  # as torchrun sets it
 
 
@@ -65,15 +65,17 @@ class VllmEngine:
         if not self.path.is_dir():
             raise ValueError(f"the engine vllm takes a model directory, and this is a file: {self.path}")
         self.model, self.model_config = shown_name(self.path.resolve().name), None
-        has_tokenizer = any(self.path.glob("tokenizer*"))
-        self._tokenizer = Tokenizer(self.path, {}) if has_tokenizer or not random_weights else _Bytes()
+        self._tokenizer: Tokenizer | RandomTokens
+        if not random_weights:  # before the model, which takes long to load
+            self._tokenizer = Tokenizer(self.path, {})
         self.n_devices = int(os.environ.get(_PROCESSES, "1"))
         self._llm = self._load("dummy" if random_weights else "auto")
         (worker,) = self._llm.collective_rpc(lambda worker: worker)
         self._runner = worker.model_runner
-        if random_weights:
-            _randomise(self._runner.model)
         config = self._llm.llm_engine.model_config
+        if random_weights:  # vLLM's own are so small that attention would be even
+            randomise(self._runner.model, config.hf_text_config)
+            self._tokenizer = RandomTokens(int(config.hf_text_config.vocab_size))
         self.context_length = int(config.max_model_len) - 1  # one token is always generated
         self.num_layers = int(config.hf_text_config.num_hidden_layers)
         self.num_heads = int(config.hf_text_config.num_attention_heads)
@@ -248,29 +250,3 @@ class VllmEngine:
 
 def _is_sparse(impl: Any) -> bool:
     return isinstance(impl, integration.SparseLayer) and impl.why_not is None
-
-
-@torch.no_grad()
-def _randomise(model: torch.nn.Module) -> None:
-    """Weights as a model has them before it is trained: vLLM's own are so small that attention would be even,
-    and nothing could be verified."""
-    torch.manual_seed(0)
-    for name, weight in model.named_parameters():
-        if weight.dtype.itemsize < 2:
-            continue
-        if weight.ndim > 1:
-            weight.normal_(0, _SPREAD)
-        else:
-            weight.fill_(0 if name.endswith("bias") else 1)
-
-
-class _Bytes:
-    """Tokens for a model without a tokenizer, whose weights are random anyway: the bytes of a text."""
-
-    def encode(self, text: str) -> list[int]:
-        return list(check_text(text).encode())
-
-    encode_chat = encode
-
-    def pieces(self, tokens: Iterable[int]) -> Iterator[bytes]:
-        return (bytes([token % 256]) for token in tokens)

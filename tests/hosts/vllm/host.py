@@ -16,7 +16,7 @@ import torch
 import vllm
 from vllm.platforms import current_platform
 
-from sparsek.engines.vllm import _randomise
+from sparsek.engines.random_weights import randomise
 from sparsek.integrations import vllm_backend
 
 WORST = 0.02  # rounding to bfloat16, of another order of adding
@@ -58,7 +58,9 @@ def serving(folder: Path, shape: dict[str, Any], sparsek: dict[str, Any], **opti
         options.pop("gpu_memory_utilization")
     llm = vllm.LLM(str(folder), additional_config={"sparsek": sparsek}, **options)
     try:
-        _randomise(model_of(llm))
+        # On the CPU vLLM has packed the linear layers by now, and what it made them of stays.
+        with contextlib.suppress(ValueError) if ON_CPU else contextlib.nullcontext():
+            randomise(model_of(llm), llm.llm_engine.model_config.hf_text_config)
         yield llm
     finally:
         vllm_backend.operations.update(sparse=0, host=0)
