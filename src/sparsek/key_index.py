@@ -21,7 +21,8 @@ class KeyIndex:
 
     The index trusts that the first `length` tokens of k and v are those it has seen: call `truncate` where a
     cache was cropped or overwritten, `reorder` where batch entries changed places. It needs about 1.1 bytes
-    for each number in k on the CPU, and about 1 on a GPU. Threads may share it, on the CPU.
+    for each number in k on the CPU, and about 1 on a GPU. Threads may share it, on the CPU. Saved (pickle,
+    torch.save) it is an empty one: the first call after loading makes it again from the keys.
     """
 
     def __init__(self) -> None:
@@ -57,11 +58,17 @@ class KeyIndex:
         if self.gpu is not None:
             self.gpu = self.gpu.reorder(entries)
 
+    def __copy__(self) -> KeyIndex:
+        return self.__deepcopy__({})
+
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyIndex:
         twin = KeyIndex()
         twin._core = self._core.copy()
         twin.gpu = None if self.gpu is None else self.gpu.copy()
         return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
 
     def __repr__(self) -> str:
         return f"KeyIndex(length={self.length}, nbytes={self.nbytes})"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -181,3 +184,165 @@ def test_enabled_can_be_switched_between_steps() -> None:
     assert_same_step(model, ours, theirs, tokens(2, 80))
     with enabled(model, SPARSE):
         assert_same_step(model, ours, theirs, tokens(2, 1))
+
+
+# ---- Caches that a program edits, keeps, copies and saves: all as with a DynamicCache
+
+
+def of_layers(change: Callable[[Any], None]) -> Callable[[Any], None]:
+    def of_cache(cache: Any) -> None:
+        for layer in cache.layers:
+            change(layer)
+
+    return of_cache
+
+
+def assigned(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], None]:
+    def assign(layer: Any) -> None:
+        layer.keys, layer.values = change(layer.keys), change(layer.values)
+
+    return of_layers(assign)
+
+
+def other_tensors(like: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return tuple(torch.randn(x.shape, generator=generator) for x in (like.keys, like.values))  # type: ignore[return-value]
+
+
+def replace(layer: Any) -> None:
+    layer.keys, layer.values = other_tensors(layer)
+
+
+def copy_into(layer: Any) -> None:
+    for x, new in zip((layer.keys, layer.values), other_tensors(layer), strict=True):
+        x.copy_(new)
+
+
+def through_numpy(layer: Any) -> None:
+    numbers = layer.keys.numpy()
+    numbers[:, :, 20:90] = numbers[:, :, 20:90][:, :, ::-1].copy()
+
+
+EDITS: dict[str, Callable[[Any], None]] = {
+    "some tokens": assigned(lambda x: x[:, :, ::2].contiguous()),
+    "the beginning": assigned(lambda x: x[:, :, :77]),
+    "rows of the batch": assigned(lambda x: x[[1, 0]]),
+    "other tensors": of_layers(replace),
+    "written into": of_layers(copy_into),
+    "changed in place": of_layers(lambda layer: layer.keys.mul_(-1)),
+    "changed in part": of_layers(lambda layer: layer.keys[:, :, 30:60].mul_(-3)),
+    "changed as data": of_layers(lambda layer: layer.keys.data.mul_(-1)),
+    "changed through NumPy": of_layers(through_numpy),
+    "values alone": of_layers(lambda layer: layer.values.mul_(-1)),
+    "reordered": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+    "cropped": lambda cache: cache.crop(-40),
+    "cropped and changed": lambda cache: (cache.crop(-40), of_layers(lambda la: la.keys.mul_(-1))(cache)),  # type: ignore[return-value]
+    "doubled": lambda cache: (cache.batch_repeat_interleave(2), cache.batch_select_indices([0, 2])),  # type: ignore[return-value]
+    "looked at": of_layers(lambda layer: layer.keys.sum()),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+def test_an_edited_cache(edit: Callable[[Any], None], inference: bool) -> None:
+    model = enable(llama(), SPARSE)
+    ours, theirs = caches(model)
+    with torch.inference_mode() if inference else torch.no_grad():
+        for count in (120, 1, 1):
+            assert_same_step(model, ours, theirs, tokens(2, count))
+        edit(ours)
+        edit(theirs)
+        for seed in range(3):
+            assert_same_step(model, ours, theirs, tokens(2, 1, seed=seed))
+
+
+def test_keys_changed_between_update_and_attention() -> None:
+    cache = SparseKCache(llama().config)
+    ones = torch.ones(1, 2, 3, 12)
+    cache.update(ones, ones, 0)
+    keys, _ = cache.update(ones, ones, 0)
+    keys.mul_(2)
+    assert index_of(keys) is None
+    keys, _ = cache.update(ones, ones, 0)
+    assert index_of(keys) is cache.layers[0].index
+    assert cache.layers[0].index.length == 0
+
+
+@pytest.mark.parametrize("look", ["layers", "slices", "numpy", "handed out"])
+def test_what_was_kept_stays(look: str) -> None:
+    model = enable(llama(), SPARSE)
+    cache, _ = caches(model)
+    step(model, cache, tokens(1, 100))
+    step(model, cache, tokens(1, 1))
+    kept: list[Any] = []
+    for number, layer in enumerate(cache.layers):
+        if look == "handed out":
+            _, heads, _, size = layer.keys.shape
+            kept.append(cache.update(*torch.randn(2, 1, heads, 1, size), number)[0])
+        else:
+            kept.append(layer.keys if look == "layers" else layer.keys[:, :, 50:])
+    if look == "numpy":
+        kept = [x.numpy() for x in kept]
+    before = copy.deepcopy(kept)
+    cache.crop(-51)
+    step(model, cache, tokens(1, 30, seed=1))
+    for layer in cache.layers:
+        layer.keys.mul_(-1)
+    for x, y in zip(kept, before, strict=True):
+        assert (x == y).all()
+
+
+@pytest.mark.parametrize("by", ["copy", "deepcopy"])
+def test_branches(by: str) -> None:
+    model = enable(llama(), SPARSE)
+    ours, theirs = caches(model)
+    assert_same_step(model, ours, theirs, tokens(1, 120))
+    twins = [copy.copy(cache) for cache in (ours, theirs)]
+    for twin, cache in zip(twins, (ours, theirs), strict=True):
+        twin.layers = [getattr(copy, by)(layer) for layer in cache.layers]
+    for seed in range(3):
+        assert_same_step(model, ours, theirs, tokens(1, 3, seed=seed))
+        assert_same_step(model, *twins, tokens(1, 2, seed=seed + 7))
+    ours.crop(-5)
+    theirs.crop(-5)
+    for seed in range(2):
+        assert_same_step(model, *twins, tokens(1, 1, seed=seed))
+        assert_same_step(model, ours, theirs, tokens(1, 1, seed=seed + 7))
+
+
+def test_nobody_else_holds_it_so_a_crop_costs_nothing() -> None:
+    model = enable(llama(), SPARSE)
+    cache, _ = caches(model)
+    step(model, cache, tokens(1, 100))
+    where = cache.layers[0].keys.data_ptr()
+    for count in (3, 1, 7):
+        cache.crop(-count)
+        step(model, cache, tokens(1, 2))
+    assert cache.layers[0].keys.data_ptr() == where
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_a_cache_can_be_saved(how: str) -> None:
+    model = enable(llama(), SPARSE)
+    ours, theirs = caches(model)
+    assert_same_step(model, ours, theirs, tokens(1, 120))
+    file = io.BytesIO()
+    (pickle.dump if how == "pickle" else torch.save)((ours, ours.layers[0].keys), file)
+    assert len(file.getvalue()) < 3 * 2 * LAYERS * ours.layers[0].keys.nbytes  # without its room
+    file.seek(0)
+    again, keys = pickle.load(file) if how == "pickle" else torch.load(file, weights_only=False)
+    assert torch.equal(keys, ours.layers[0].keys)
+    for seed in range(2):
+        assert_same_step(model, ours, theirs, tokens(1, 1, seed=seed))
+    theirs.crop(-2)
+    for seed in range(3):
+        assert_same_step(model, again, theirs, tokens(1, 1, seed=seed + 5))
+    assert pickle.loads(pickle.dumps(SparseKCache(model.config))).get_seq_length() == 0
+
+
+def test_a_handed_out_tensor_can_be_saved_and_copied() -> None:
+    ones = torch.ones(1, 2, 3, 12)
+    keys, _ = SparseKCache(llama().config).update(ones, ones, 0)
+    for twin in (pickle.loads(pickle.dumps(keys)), copy.deepcopy(keys)):
+        assert torch.equal(twin, keys)
+        assert index_of(twin) is None
