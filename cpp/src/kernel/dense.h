@@ -63,9 +63,10 @@ inline void multiply_rows(const float* a, int64_t a_stride, const float* b, int6
         multiply<kDenseRows, 1, kAdd>(a, a_stride, b + j, b_stride, depth, c + j, c_stride);
 }
 
-// A block of keys, transposed, and of values, both in float and padded with zeros.
+// A block of keys, transposed, and of values, both in float and padded with zeros. Returns whether all values
+// are finite.
 template <typename T>
-inline void pack_block(const Problem& p, const T* keys, const T* values, int64_t block, int64_t count,
+inline bool pack_block(const Problem& p, const T* keys, const T* values, int64_t block, int64_t count,
                        const DenseWork& w) {
     const auto row = [&](const T* rows, int64_t stride, int64_t j) {
         return rows + (block * kBlock + j) * stride;
@@ -81,11 +82,25 @@ inline void pack_block(const Problem& p, const T* keys, const T* values, int64_t
             for (int64_t i = 0; i < n; ++i) store(w.keys + (c + i) * kBlock + j, x[i]);
         }
     }
+    F zeros = set1(0.0f);
     for (int64_t j = 0; j < kBlock; ++j) {
         for (int64_t c = 0; c < w.values; c += 16) {
             const int64_t n = minimum(16, p.value_size - c);
             const F x = j < count ? load_n(row(values, p.v.token_stride, j) + c, n) : set1(0.0f);
             store(w.block_values + j * w.values + c, x);
+            zeros = fma(x, set1(0.0f), zeros);  // NaN from NaN and infinity
+        }
+    }
+    return sum(zeros) == 0.0f;
+}
+
+// out += the values of the allowed keys by their weights. A forbidden one has no part in it: in a product it
+// would have the weight zero, and zero times infinity is NaN.
+inline void add_allowed(const float* weights, uint64_t allowed, const DenseWork& w, float* out) {
+    for (; allowed != 0; allowed &= allowed - 1) {
+        const int64_t j = __builtin_ctzll(allowed);
+        for (int64_t d = 0; d < w.values; d += 16) {
+            store(out + d, fma(load(w.block_values + j * w.values + d), set1(weights[j]), load(out + d)));
         }
     }
 }
@@ -144,7 +159,7 @@ void dense_tile(const Problem& p, const Tile& tile, std::byte* workspace, const 
     }
     for (int64_t b = first; b < last; ++b) {
         const int64_t count = minimum(kBlock, p.num_keys - b * kBlock);
-        pack_block(p, keys, values, b, count, w);
+        const bool finite = pack_block(p, keys, values, b, count, w);
         for (int64_t r = 0; r < padded_rows; r += kDenseRows) {
             uint64_t any = 0;
             for (int64_t i = r; i < r + kDenseRows; ++i) any |= w.allowed[i * w.blocks + b];
@@ -159,8 +174,14 @@ void dense_tile(const Problem& p, const Tile& tile, std::byte* workspace, const 
                 float* o = w.out + (r + i) * w.values;
                 for (int64_t d = 0; d < w.values; d += 16) store(o + d, load(o + d) * set1(factor));
             }
-            multiply_rows<true>(scores, kBlock, w.block_values, w.values, kBlock, w.out + r * w.values,
-                                w.values, w.values);
+            if (finite) {
+                multiply_rows<true>(scores, kBlock, w.block_values, w.values, kBlock, w.out + r * w.values,
+                                    w.values, w.values);
+                continue;
+            }
+            for (int64_t i = r; i < r + kDenseRows; ++i) {
+                add_allowed(w.scores + i * kBlock, w.allowed[i * w.blocks + b], w, w.out + i * w.values);
+            }
         }
     }
     for (int64_t r = 0; r < tile.num_rows; ++r) {

@@ -25,7 +25,8 @@ head's group share one list and what is always kept:
 `tail = "centroid"` adds one term to both sums for each aligned block b of 64 keys that is wholly allowed:
 weight n exp(mean of s over the n dropped keys of b), value the mean of v over b. The mean is taken before
 the softcap, then capped. For a tile it is the mean over all keys of b: a list that many rows share drops keys
-that are good for some of them. A row with no allowed key is zero.
+that are good for some of them. A row with no allowed key is zero. What is in no sum has no part in the
+result, whatever it is: NaN and infinity in keys and values that a row may not see change nothing.
 
 Queries are processed in chunks, so memory is O(chunk x Tk), never Tq x Tk. Works on NumPy arrays and torch
 tensors, in float64 or, for every smaller dtype, in float32.
@@ -273,11 +274,25 @@ def _attend(p: Problem, chunk: Chunk, v: Array) -> Array:
     for logits, values in parts:
         weights = xp.exp(logits - peak)
         total = total + xp.sum(weights, -1)[..., None]
-        out = out + xp.matmul(weights.reshape(batch, kv_heads, group * num_rows, weights.shape[-1]), values)
+        rows = (batch, kv_heads, group * num_rows, weights.shape[-1])
+        out = out + _weighted(weights.reshape(rows), (logits > -xp.inf).reshape(rows), values)
     total = xp.where(total == 0, 1, total)  # an empty row stays zero
     return (out.reshape(batch, kv_heads, group, num_rows, v.shape[-1]) / total).reshape(
         batch, kv_heads * group, num_rows, v.shape[-1]
     )
+
+
+def _weighted(weights: Array, used: Array, values: Array) -> Array:
+    """weights @ values over what is `used`: elsewhere zero times infinity or NaN is zero."""
+    xp = arrays.namespace(values)
+    finite = xp.isfinite(values)
+    if bool(finite.all()):
+        return xp.matmul(weights, values)
+    used = arrays.cast(used | xp.isnan(weights), values.dtype)
+    parts = [xp.matmul(weights, xp.where(finite, values, 0))]
+    for x, found in ((xp.inf, values == xp.inf), (-xp.inf, values == -xp.inf), (xp.nan, xp.isnan(values))):
+        parts.append(xp.where(xp.matmul(used, arrays.cast(found, values.dtype)) > 0, x, 0.0))
+    return sum(parts[1:], parts[0])
 
 
 def block_logits(p: Problem, chunk: Chunk, kept: Array) -> Array:
