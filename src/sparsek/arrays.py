@@ -27,10 +27,36 @@ def on_gpu(x: Array) -> bool:
 
 
 def wants_gradient(*tensors: Array | None) -> bool:
-    """Whether autograd would follow what is done with these torch tensors."""
-    return bool(sys.modules["torch"].is_grad_enabled()) and any(
-        x is not None and x.requires_grad for x in tensors
+    """Whether autograd would follow what is done with these torch tensors, backward or forward."""
+    wanted = any(x is not None and x.requires_grad for x in tensors)
+    return (wanted and bool(sys.modules["torch"].is_grad_enabled())) or has_tangent(*tensors)
+
+
+def has_tangent(*tensors: Array | None) -> bool:
+    """Whether one of these torch tensors is dual, as forward-mode differentiation has it."""
+    forward = sys.modules["torch"].autograd.forward_ad
+    if forward._current_level < 0:
+        return False
+    return any(x is not None and forward.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def has_data(x: Array) -> bool:
+    """Whether this torch tensor has numbers in memory: not one of those with which PyTorch only looks at what
+    a function does (fake, functional, within torch.func.vmap)."""
+    torch = sys.modules["torch"]
+    own = type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return (
+        own and not torch._C._functorch.is_functorch_wrapped_tensor(x) and not torch._is_functional_tensor(x)
     )
+
+
+def is_recorded(*tensors: Array | None) -> bool:
+    """Whether PyTorch records what is done with these torch tensors (torch.compile, export, torch.jit.trace,
+    make_fx), or they have no data."""
+    torch = sys.modules["torch"]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return True
+    return any(x is not None and not has_data(x) for x in tensors)
 
 
 def namespace(x: Array) -> Module:

@@ -60,7 +60,20 @@ def attention(
         layer=layer,
         index=index,
     )
+    if _is_recorded(q, k, v, attn_mask):
+        from .operation import attend  # which needs torch
+
+        options = is_causal, scale, softcap, backend, layer
+        return attend(q, k, v, attn_mask, config.to_json(), *options)
     return dispatch.attention(problem, backend)
+
+
+def _is_recorded(*tensors: Array | None) -> bool:
+    """Whether it must be an operation for PyTorch to see. Where autograd follows, the reference is one of
+    PyTorch's own operations."""
+    if not arrays.is_torch(tensors[0]):
+        return False
+    return arrays.is_recorded(*tensors) and not arrays.wants_gradient(*tensors)
 
 
 def select(
@@ -76,6 +89,7 @@ def select(
     layer: int | None = None,
 ) -> Selection:
     """The keys that `attention` with the same arguments keeps. Same arguments and errors."""
+    _check_not_recorded("select", q, k, attn_mask)
     problem = make_problem(
         q,
         k,
@@ -88,6 +102,16 @@ def select(
         layer=layer,
     )
     return dispatch.select(problem, backend)
+
+
+def _check_not_recorded(name: str, *tensors: Array | None) -> None:
+    """Raises TypeError: what is kept depends on values, and a record of one run would be of its own keys."""
+    if arrays.is_torch(tensors[0]) and arrays.is_recorded(*tensors):
+        kind = type(tensors[0]).__name__
+        raise TypeError(
+            f"{name}() is called where PyTorch records it (compile, trace, vmap) or with a {kind} that has "
+            "no data: attention() can be recorded"
+        )
 
 
 def topk_mask(
@@ -107,18 +131,21 @@ def topk_mask(
     `attn_mask` is floating, its value. Use it without `is_causal`: the causal rule is in it already. This is
     Tq x Tk memory, and the centroid tail cannot be expressed by it.
     """
-    kept = select(
+    _check_not_recorded("topk_mask", q, k, attn_mask)
+    problem = make_problem(
         q,
         k,
+        NO_VALUES,
         config=config,
         attn_mask=attn_mask,
         is_causal=is_causal,
         scale=scale,
         softcap=softcap,
         layer=layer,
-    ).to_mask()
+    )
+    kept = dispatch.select(problem).to_mask()
     xp = arrays.namespace(q)
     bias = arrays.full((), 0, q.dtype, q)
-    if attn_mask is not None and attn_mask.dtype != xp.bool:
-        bias = arrays.narrow(attn_mask, q.dtype)
+    if problem.mask is not None and problem.mask.dtype != xp.bool:
+        bias = arrays.narrow(problem.mask, q.dtype)
     return xp.where(kept, bias, arrays.full((), float("-inf"), q.dtype, q))

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..arrays import is_recorded, wants_gradient
+
 
 class Room:
     """The first `length` tokens of `keys` and `values`, [B, Hkv, capacity, D] and [B, Hkv, capacity, Dv].
@@ -21,8 +23,7 @@ class Room:
     @staticmethod
     def takes(keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Whether such tokens can be copied into memory: nobody wants their gradient, and they have some."""
-        wanted = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
-        return not wanted and type(keys) is torch.Tensor and type(values) is torch.Tensor
+        return not wants_gradient(keys, values) and not is_recorded(keys, values)
 
     @classmethod
     def of(cls, old: tuple[Any, Any], keys: torch.Tensor, values: torch.Tensor) -> Room:

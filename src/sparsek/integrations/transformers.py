@@ -27,7 +27,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from ..arrays import wants_gradient
+from ..arrays import is_recorded, wants_gradient
 from ..config import SparseKConfig
 from ..kernels import break_even, dense, dispatch
 from ..key_index import KeyIndex
@@ -199,7 +199,8 @@ def sparsek_attention(
         say_if_dense(_parse(config), query, key, layer, sliding_window)
     rest = causal, scale, softcap, sliding_window, config, layer
     index = index_of(key)
-    if index is None and (torch.compiler.is_compiling() or wants_gradient(query, key, value)):
+    recorded = is_recorded(query, key, value)
+    if recorded or (index is None and wants_gradient(query, key, value)):
         # As an operation, for somebody looks into it; that costs 30 microseconds.
         out = _attention_op(query, key, value, attention_mask, positions, *rest)
     else:

@@ -31,6 +31,8 @@ def why_not(p: Problem) -> str | None:
             return f"the inputs are on {p.q.device}"
         if arrays.wants_gradient(p.q, p.k, p.v, p.mask):
             return "a gradient is wanted"
+        if not all(x is None or arrays.has_data(x) for x in (p.q, p.k, p.v, p.mask)):
+            return "the tensors have no data of their own"
     if p.rule.tile and not p.keeps_all:
         return "keys are chosen by tiles"
     if str(p.q.dtype).removeprefix("torch.") not in _DTYPES:
@@ -112,11 +114,12 @@ def _only_forbids(mask: Array) -> bool:
 
 
 def _rows(x: Array) -> Array:
-    """The array as the core takes it: any strides, but the last axis contiguous."""
+    """The array as the core takes it: any strides of whole numbers, but the last axis contiguous."""
     if arrays.is_torch(x):
         x = x.detach()
         return x if x.stride(3) == 1 else x.contiguous()
-    return x if x.strides[3] == x.itemsize else np.ascontiguousarray(x)
+    whole = x.flags.aligned and all(stride % x.itemsize == 0 for stride in x.strides)
+    return x if whole and x.strides[3] == x.itemsize else np.ascontiguousarray(x)
 
 
 def _bytes(mask: Array | None) -> Array | None:

@@ -28,6 +28,8 @@ def why_not(p: Problem) -> str | None:
         return "the rule drops keys"
     if p.softcap is not None:
         return "softcap is given"
+    if arrays.has_tangent(p.q, p.k, p.v, p.mask):
+        return "PyTorch's kernels have no forward-mode derivative"
     if p.num_keys == 0:
         return "there are no keys"
     few_rows = p.num_queries <= _FEW_QUERIES and p.q.shape[1] == p.k.shape[1]
