@@ -11,7 +11,7 @@ from .arrays import Array
 from .config import SparseKConfig
 from .kernels import dispatch
 from .key_index import KeyIndex
-from .problem import NO_VALUES, make_problem
+from .problem import NO_VALUES, make_problem, with_plain_mask
 from .selection import Selection
 
 
@@ -33,7 +33,8 @@ def attention(
 
     Args:
         attn_mask: what a row may see, broadcastable to [B, H, Tq, Tk]: bool (True = allowed) or floating
-            (added to the scores; -inf forbids).
+            (added to the scores; -inf forbids). On the CPU a mask of 0 and numbers below -9000 is known to
+            forbid by them; other numbers are slow, for the compiled kernel does not take them.
         is_causal: the queries are the last Tq of the Tk positions, and see no later one. Can be combined
             with a mask.
         scale: factor of q.k; 1/sqrt(D) when None.
@@ -65,7 +66,7 @@ def attention(
 
         options = is_causal, scale, softcap, backend, layer
         return attend(q, k, v, attn_mask, config.to_json(), *options)
-    return dispatch.attention(problem, backend)
+    return dispatch.attention(with_plain_mask(problem), backend)
 
 
 def _is_recorded(*tensors: Array | None) -> bool:

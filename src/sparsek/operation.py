@@ -9,7 +9,7 @@ import torch
 
 from .config import SparseKConfig
 from .kernels import dispatch
-from .problem import make_problem
+from .problem import make_problem, with_plain_mask
 
 
 @torch.library.custom_op("sparsek::attend", mutates_args=())
@@ -37,7 +37,7 @@ def attend(
         softcap=softcap,
         layer=layer,
     )
-    out: torch.Tensor = dispatch.attention(problem, backend)
+    out: torch.Tensor = dispatch.attention(with_plain_mask(problem), backend)
     return out.contiguous()
 
 

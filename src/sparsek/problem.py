@@ -21,6 +21,7 @@ from .key_index import KeyIndex
 from .key_ranges import key_ranges
 from .policy import Rule, on_gpu, resolve
 
+_FORBIDDEN: Final = -9000.0  # added to a score: no weight is left; -1e4 is -9984 in bfloat16
 _MAX_SOFTCAP: Final = 1e30  # a larger one is infinite in float32
 NO_VALUES: Final = object()  # only the selection is wanted; None would hide a forgotten v
 
@@ -247,6 +248,26 @@ def _checked_mask(mask: Any, q: Array, k: Array) -> Array:
             f"attn_mask has shape {_shape(mask)}: must broadcast to [B, H, Tq, Tk] = {list(full)}"
         )
     return xp.broadcast_to(mask.reshape(padded), (*padded[:2], *full[2:]))
+
+
+def with_plain_mask(p: Problem) -> Problem:
+    """The same with a mask of bool, where a floating one only allows and forbids: it is 0, or so low that no
+    weight is left (-1e9, the least number of a dtype, -1e4). Not where a row sees nothing but such numbers,
+    for then they decide. Looks at all of the mask, so not on a GPU."""
+    if p.mask is None or p.mask.dtype == arrays.namespace(p.mask).bool or arrays.on_gpu(p.mask):
+        return p
+    if arrays.is_torch(p.mask) and arrays.wants_gradient(p.mask):
+        return p
+    allowed, low = p.mask == 0, p.mask <= _FORBIDDEN
+    if not bool((allowed | low).all()):
+        return p
+    lowered = low & (p.mask > -math.inf)
+    seen = allowed
+    if p.is_causal:
+        last = arrays.arange(p.num_queries, p.mask)[:, None] + p.first_position
+        causal = arrays.arange(p.num_keys, p.mask) <= last
+        seen, lowered = allowed & causal, lowered & causal
+    return replace(p, mask=allowed) if bool((seen.any(-1) | ~lowered.any(-1)).all()) else p
 
 
 def _check_number(name: str, x: Any, good: Callable[[Any], bool], allowed: str) -> None:

@@ -32,7 +32,7 @@ from ..config import SparseKConfig
 from ..kernels import break_even, dense, dispatch
 from ..key_index import KeyIndex
 from ..policy import on_gpu, resolve
-from ..problem import Ranges, make_problem
+from ..problem import Ranges, make_problem, with_plain_mask
 from .dense_notice import say_if_dense
 from .observers import Observer, Observers
 from .once_per_pass import OncePerPass
@@ -306,7 +306,7 @@ def _attend(
         problem = replace(problem, starts=starts.expand(q.shape[0], -1).contiguous())
     if given is not None and problem.rule.tile and not break_even.dense_by_size(problem):
         problem = problem.with_ranges(_ranges.get(given, layer, lambda: problem.ranges))
-    problem = dispatch.settled(problem)
+    problem = dispatch.settled(with_plain_mask(problem))
     out: torch.Tensor = dispatch.attention(problem)
     _observers.tell(layer, problem, out)
     return out

@@ -79,9 +79,21 @@ def _choose(p: Problem, backend: str, operation: str) -> Any:
         reason = kernel.why_not(p)
         if reason is None:
             log.debug("%s: kernel %s", operation, name)
+            if name == "reference" and p.mask is not None and not _is_bool(p.mask):
+                _tell_slow()
             return kernel
         log.debug("%s: not kernel %s: %s", operation, name, reason)
     raise AssertionError("the reference takes every call")
+
+
+def _is_bool(mask: Array) -> bool:
+    return str(mask.dtype).removeprefix("torch.") == "bool"
+
+
+@cache
+def _tell_slow() -> None:
+    """Once."""
+    log.warning("a mask that adds numbers to the scores is slow: the reference computes it")
 
 
 @cache
