@@ -5,22 +5,24 @@
 // long as the process.
 
 #include <atomic>
-#include <cctype>
 #include <cmath>
-#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "abi.h"
+#include "contexts.h"
 #include "export.h"
 #include "host.h"
 #include "operation.h"
+#include "report.h"
 #include "settings.h"
 #include "sparsek/attention.h"
 #include "sparsek/threads.h"
@@ -38,14 +40,29 @@ constexpr uint8_t kGuid[16] = {0x73, 0x70, 0x61, 0x72, 0x73, 0x65, 0x6b, 0x21,
 // Sees an operation that was computed; `rule`: top_k, sinks, window, stride, 1 for a centroid tail.
 using Observer = void (*)(const Tensor* op, int64_t layer, const int64_t* rule, float min_share);
 
+// Of operations that were computed.
+struct Counters {
+    std::atomic<int64_t> sparse{0}, dense{0}, by_host{0};
+
+    Counts values() const { return {sparse, dense, by_host}; }
+    void clear() { sparse = dense = by_host = 0; }
+};
+
 // The state of the process.
 struct State {
     std::unique_ptr<Host> host;
-    std::mutex mutex;   // of what follows, which a call may change while others compute
-    Settings settings;  // read where a context is made and where an operation runs
+    Contexts contexts;
+    bool stats = false;  // a line at the end
+
+    std::mutex mutex;    // of what follows, which a call may change while others compute
+    Settings settings;   // read where a context is made and where an operation runs
+    bool speaks = true;  // for itself: a program that gives us settings tells of them
+    std::set<std::string> said;
+    Reasons left_to_host;
+
     std::atomic<bool> disabled{false};
     std::atomic<Observer> observer{nullptr};
-    std::atomic<int64_t> sparse{0}, dense{0}, by_host{0};
+    Counters prompts, steps;
     Registry registry{};
     Device device{};
 };
@@ -58,16 +75,6 @@ State& state() {
 Settings current_settings() {
     const std::lock_guard lock(state().mutex);
     return state().settings;
-}
-
-// One line, whatever was quoted in it.
-void say(std::string line) {
-    constexpr size_t kLongest = 400;
-    if (line.size() > kLongest) line = line.substr(0, kLongest) + "...";
-    for (char& c : line) {
-        if (std::iscntrl(static_cast<unsigned char>(c))) c = ' ';
-    }
-    std::fprintf(stderr, "sparsek: %s\n", line.c_str());
 }
 
 // A backend's own state: there is one for each context of the host.
@@ -124,14 +131,15 @@ Status compute_here(const Tensor* op, const Operation& operation, const Options&
 
 bool compute(const Tensor* op, const Settings& settings, Stream& stream) {
     const Operation operation = operation_of(op, settings);
+    Counters& counters = is_step(op) ? state().steps : state().prompts;
     Options options = {stream.threads, stream.isa};
     if (state().host->gomp_parallel != nullptr) options.parallel = parallel;
     if (compute_here(op, operation, options, stream) == Status::bad_mask) {
-        ++state().by_host;
+        ++counters.by_host;
         return compute_by_host(op);
     }
     const Rule& rule = operation.problem.rule;
-    ++(rule.keeps_all(operation.problem.num_keys) ? state().dense : state().sparse);
+    ++(rule.keeps_all(operation.problem.num_keys) ? counters.dense : counters.sparse);
     if (const Observer observer = state().observer) {
         const int64_t fields[] = {rule.top_k, rule.sinks, rule.window, rule.stride, rule.centroid_tail};
         observer(op, layer_of(op), fields, rule.min_share);
@@ -167,7 +175,8 @@ std::string disagreement(Stream& stream) {
         for (int64_t i = 0; i < kKeys * 64; ++i)
             bits[i] = i % kKeys <= kKeys - kQueries + i / kKeys ? 0 : 0xfc00;
         Tensor* op = host.flash_attention_of(context, q, k, v, mask, 0.125f, 0.0f, 0.0f);
-        if (!is_supported(host, op)) throw std::runtime_error("its flash attention has other arguments");
+        const std::string other = obstacle(host, op);
+        if (!other.empty()) throw std::runtime_error("its flash attention has other arguments: " + other);
         Graph* graph = host.new_graph(context);
         host.build_forward(graph, op);
         Backend* cpu = host.cpu_backend(DeviceType::cpu, nullptr);
@@ -198,20 +207,34 @@ std::string disagreement(Stream& stream) {
 const char* backend_name(Backend*) { return kName; }
 
 void free_backend(Backend* backend) {
+    state().contexts.gone(backend);
     delete static_cast<Stream*>(backend->context);
     delete backend;
+}
+
+// The first computation of a context: what was announced for it can be told. Programs that compute without
+// the host's scheduler announce nothing.
+void begin(Backend* backend, bool announced) {
+    State& s = state();
+    const auto plans = s.contexts.begins(backend);
+    if (!plans || (!announced && plans->empty())) return;
+    const std::lock_guard lock(s.mutex);
+    if (!s.speaks || s.disabled) return;
+    const std::string line = in_use(*plans, s.settings);
+    if (s.said.insert(line).second) say(line);
 }
 
 GraphStatus compute_graph(Backend* backend, Graph* graph) {
     const Host& host = *state().host;
     try {
+        begin(backend, false);
         const Settings settings = current_settings();
         for (int i = 0; i < host.graph_size(graph); ++i) {
             const Tensor* node = host.graph_node(graph, i);
             bool passive = false;
             for (const int op : host.passive) passive |= node->op == op;
             if (passive) continue;
-            if (!is_supported(host, node) ||
+            if (!obstacle(host, node).empty() ||
                 !compute(node, settings, *static_cast<Stream*>(backend->context)))
                 return GraphStatus::failed;
         }
@@ -240,7 +263,7 @@ Backend* make_backend(Device* device, const char*) {
         static std::once_flag compared;
         std::call_once(compared, [&] {
             const std::string problem = disagreement(*stream);
-            state().sparse = state().dense = state().by_host = 0;
+            state().prompts.clear(), state().steps.clear();
             if (problem.empty()) return;
             say(problem + "; attention stays with ggml " + state().host->version);
             state().disabled = true;
@@ -252,6 +275,7 @@ Backend* make_backend(Device* device, const char*) {
         backend->compute = compute_graph;
         backend->device = device;
         backend->context = stream.release();
+        state().contexts.made(backend);
         return backend;
     } catch (const std::exception& error) {
         say(error.what());
@@ -261,11 +285,30 @@ Backend* make_backend(Device* device, const char*) {
 
 BufferType* buffer_type(Device*) { return state().host->cpu_buffer_type; }
 
-bool supports_op(Device*, const Tensor* op) {
-    // The host asks for every operation of every graph, several times: the settings come last.
-    if (!is_supported(*state().host, op) || state().disabled) return false;
+// Why the host keeps an operation; empty: it is ours.
+std::string why_left(const Tensor* op) {
+    State& s = state();
     const Settings settings = current_settings();
-    return !settings.off() && is_worthwhile(op, settings);
+    const std::string beyond = obstacle(*s.host, op), slower = drawback(op, settings);
+    const std::string why = !beyond.empty() ? beyond : settings.off() ? "top_k = 0" : slower;
+    const int64_t layer = layer_of(op);
+    s.contexts.plan(layer, {op->src[1]->size[1], beyond, slower});
+    switch (s.contexts.asks_attention(op->src[0]->size[1] * op->src[0]->size[3])) {
+        case Contexts::Asked::who_attends: return "it may be a question";
+        case Contexts::Asked::whether_we_do: return beyond;
+        case Contexts::Asked::work: break;
+    }
+    if (s.stats && !why.empty()) {
+        const std::lock_guard lock(s.mutex);
+        s.left_to_host[why].insert(layer);
+    }
+    return why;
+}
+
+bool supports_op(Device*, const Tensor* op) {
+    // The host asks for every operation of every graph, several times.
+    state().contexts.asks();
+    return op->op == state().host->flash_attention && !state().disabled && why_left(op).empty();
 }
 
 bool supports_buffer_type(Device*, BufferType* type) { return state().host->is_host_buffer(type); }
@@ -274,7 +317,9 @@ const char* registry_name(Registry*) { return kName; }
 size_t device_count(Registry*) { return 1; }
 Device* device_at(Registry*, size_t) { return &state().device; }
 
+// Comes before every graph, also before those of which we compute nothing.
 void set_threads(Backend* backend, int threads) {
+    begin(backend, true);
     static_cast<Stream*>(backend->context)->threads = threads < 1 ? 1 : threads;
 }
 
@@ -286,11 +331,18 @@ void* procedure(Registry*, const char* name) {
     return address;
 }
 
+void say_totals() {
+    State& s = state();
+    const std::lock_guard lock(s.mutex);
+    say(totals(s.prompts.values(), s.steps.values(), s.left_to_host));
+}
+
 Registry* loaded(const void* caller) {
     State& s = state();
     if (s.host) return &s.registry;
     auto host = find_host(caller);
     s.settings = settings_from_environment();
+    s.stats = stats_from_environment();
     num_threads(), active_isa();  // what is wrong in their variables shows now
     s.host = std::move(host);
     s.registry.api_version = s.host->api_version;
@@ -308,6 +360,7 @@ Registry* loaded(const void* caller) {
     s.device.supports_op = supports_op;
     s.device.supports_buffer_type = supports_buffer_type;
     s.device.registry = &s.registry;
+    if (s.stats) std::atexit(say_totals);
     return &s.registry;
 }
 
@@ -331,6 +384,7 @@ SPARSEK_EXPORT const char* sparsek_configure(const char* json) {
         const sparsek::ggml::Settings settings = sparsek::ggml::settings_from_json(json, {});
         const std::lock_guard lock(sparsek::ggml::state().mutex);
         sparsek::ggml::state().settings = settings;
+        sparsek::ggml::state().speaks = false;
         return nullptr;
     } catch (const std::exception& error) {
         problem = error.what();
@@ -353,7 +407,8 @@ SPARSEK_EXPORT bool sparsek_count_attention(const sparsek::ggml::Tensor* op, boo
 // How many operations were computed with Sparse-K, with our dense kernel, and by the host for us.
 SPARSEK_EXPORT void sparsek_counts(int64_t counts[3]) {
     const sparsek::ggml::State& s = sparsek::ggml::state();
-    counts[0] = s.sparse;
-    counts[1] = s.dense;
-    counts[2] = s.by_host;
+    const sparsek::ggml::Counts prompts = s.prompts.values(), steps = s.steps.values();
+    counts[0] = prompts.sparse + steps.sparse;
+    counts[1] = prompts.dense + steps.dense;
+    counts[2] = prompts.by_host + steps.by_host;
 }

@@ -11,6 +11,29 @@ namespace {
 // Versions of ggml's backend interface whose layout is the one of abi.h, each tested with a real host.
 constexpr int kTestedVersions[] = {2, 3};
 
+// Numbers of versions do not tell all: 2 was two layouts of the backend's table, and a host may be built with
+// tensors of its own size. What the host's own CPU backend fills in shows which layout it is.
+void check_layout(const Host& host, size_t tensor_overhead) {
+    constexpr size_t kObject = 32;  // ggml's header before a tensor
+    if (tensor_overhead != sizeof(Tensor) + kObject) {
+        throw std::runtime_error("ggml " + host.version + " was built with tensors of " +
+                                 std::to_string(tensor_overhead) + " bytes; supported are those of " +
+                                 std::to_string(sizeof(Tensor) + kObject) + ": use an ordinary build of it");
+    }
+    Backend* cpu = host.cpu_backend(DeviceType::cpu, nullptr);
+    if (cpu == nullptr)
+        throw std::runtime_error("ggml " + host.version + " has no CPU backend yet: load that first");
+    bool known = cpu->free != nullptr && cpu->synchronize == nullptr && cpu->compute != nullptr;
+    for (const Unused entry : cpu->asynchronous) known &= entry == nullptr;
+    for (const size_t i : {0, 1, 3}) known &= cpu->plans[i] != nullptr;  // to create, free and compute
+    host.free_backend(cpu);
+    if (!known) {
+        throw std::runtime_error("ggml " + host.version + " has an older layout of backend interface " +
+                                 std::to_string(host.api_version) +
+                                 ": use a release of llama.cpp from May 2026 or later");
+    }
+}
+
 }  // namespace
 
 std::unique_ptr<Host> find_host(const void* caller) {
@@ -54,9 +77,11 @@ std::unique_ptr<Host> find_host(const void* caller) {
                                  ": use a release of llama.cpp with one of these, or a newer sparsek");
     }
 
+    size_t (*tensor_overhead)() = nullptr;
     BufferType* (*cpu_buffer_type)() = nullptr;
     const char* (*op_name)(int) = nullptr;
     const TypeTraits* (*type_traits)(int) = nullptr;
+    function(&tensor_overhead, "ggml_tensor_overhead");
     function(&cpu_buffer_type, "ggml_backend_cpu_buffer_type");
     function(&op_name, "ggml_op_name");
     function(&type_traits, "ggml_get_type_traits");
@@ -72,6 +97,7 @@ std::unique_ptr<Host> find_host(const void* caller) {
     function(&host->cpu_backend, "ggml_backend_init_by_type");
     function(&host->free_backend, "ggml_backend_free");
     function(&host->compute, "ggml_backend_graph_compute");
+    check_layout(*host, tensor_overhead());
     host->cpu_buffer_type = cpu_buffer_type();
     const TypeTraits* q8 = type_traits(kQ8);
     const bool known_q8 = std::strcmp(q8->name, "q8_0") == 0 && q8->block_size == kQ8Block &&

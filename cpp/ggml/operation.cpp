@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 
 namespace sparsek::ggml {
 namespace {
@@ -41,26 +42,38 @@ sparsek::Tensor rows_of(const Tensor* t) { return {t->data, stride(t, 3), stride
 
 }  // namespace
 
-bool is_supported(const Host& host, const Tensor* op) {
-    if (op->op != host.flash_attention) return false;
-    const Tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3], *sinks = op->src[4];
-    if (q == nullptr || k == nullptr || v == nullptr || sinks != nullptr) return false;
-    if (parameter(op, kMaxBias) != 0.0f) return false;
-    if (q->type != kF32 || op->type != kF32 || !is_format(host, k->type) || v->type != k->type) return false;
-    if (!has_rows(q) || !has_rows(k) || !has_rows(v) || op->stride[0] != 4) return false;
-    if (k->size[2] == 0 || q->size[2] % k->size[2] != 0 || v->size[2] != k->size[2]) return false;
-    if (k->size[3] != q->size[3] || v->size[3] != q->size[3] || v->size[1] != k->size[1]) return false;
-    if (mask == nullptr) return true;
+std::string obstacle(const Host& host, const Tensor* op) {
+    const Tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
+    if (op->op != host.flash_attention || q == nullptr || k == nullptr || v == nullptr)
+        return "not flash attention";
+    if (op->src[4] != nullptr) return "attention sinks";
+    for (size_t i = 5; i < std::size(op->src); ++i) {
+        if (op->src[i] != nullptr) return "more inputs than are known here";
+    }
+    if (parameter(op, kMaxBias) != 0.0f) return "ALiBi";
+    if (!is_format(host, k->type) || v->type != k->type) return "the format of its cache";
+    if (q->type != kF32 || op->type != kF32) return "its number format";
+    constexpr const char* kLayout = "its memory layout";
+    if (!has_rows(q) || !has_rows(k) || !has_rows(v) || op->stride[0] != 4) return kLayout;
+    if (k->size[2] == 0 || q->size[2] % k->size[2] != 0 || v->size[2] != k->size[2]) return kLayout;
+    if (k->size[3] != q->size[3] || v->size[3] != q->size[3] || v->size[1] != k->size[1]) return kLayout;
+    if (mask == nullptr) return "";
     const bool heads = mask->size[2] == 1 || mask->size[2] == q->size[2];
     const bool sequences = mask->size[3] == 1 || mask->size[3] == q->size[3];
-    return mask->type == kF16 && has_rows(mask) && heads && sequences && mask->size[0] == k->size[1] &&
-           mask->size[1] >= q->size[1];
+    const bool good = mask->type == kF16 && has_rows(mask) && heads && sequences &&
+                      mask->size[0] == k->size[1] && mask->size[1] >= q->size[1];
+    return good ? "" : "its mask";
 }
 
-bool is_worthwhile(const Tensor* op, const Settings& settings) {
-    constexpr int64_t kGeneration = 8;  // so few queries for a sequence are not a prompt
-    if (op->src[0]->size[1] > kGeneration) return true;
-    return op->src[1]->type != kQ8 && op->src[1]->size[1] >= settings.min_context;
+bool is_step(const Tensor* op) {
+    constexpr int64_t kGeneration = 8;
+    return op->src[0]->size[1] <= kGeneration;
+}
+
+std::string drawback(const Tensor* op, const Settings& settings) {
+    if (!is_step(op)) return "";
+    if (is_packed(op)) return "steps over a quantised cache";
+    return op->src[1]->size[1] < settings.min_context ? "steps below min_context" : "";
 }
 
 int64_t layer_of(const Tensor* op) {

@@ -1,6 +1,7 @@
 // ggml's flash attention operation as a problem of ours.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "abi.h"
@@ -10,11 +11,15 @@
 
 namespace sparsek::ggml {
 
-// Whether the operation is one that `problem_of` can express: no ALiBi, no attention sinks, known formats.
-bool is_supported(const Host& host, const Tensor* op);
+// Why a flash attention operation is none that `operation_of` can express; empty: it is one.
+std::string obstacle(const Host& host, const Tensor* op);
 
-// Whether we may be faster. Over short contexts a step of generation is too short to be handed over.
-bool is_worthwhile(const Tensor* op, const Settings& settings);
+// Whether there are so few queries for a sequence that this is generation, and no prompt.
+bool is_step(const Tensor* op);
+
+// Why the host is faster; empty: it may not be. Over short contexts a step of generation is too short to be
+// handed over.
+std::string drawback(const Tensor* op, const Settings& settings);
 
 // The number of the layer, from the name of its part of the KV cache; -1 where that has none.
 int64_t layer_of(const Tensor* op);

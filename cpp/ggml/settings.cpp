@@ -214,22 +214,49 @@ void refuse_unknown(const std::vector<std::string>& known) {
 }  // namespace
 
 Rule Settings::rule(int64_t layer, int64_t num_keys) const {
-    const auto of_layer = static_cast<size_t>(layer);
-    int64_t k = top_k.size() == 1 || layer < 0 ? top_k[0]
-                : of_layer < top_k.size()      ? top_k[of_layer]
-                                               : num_keys;
-    if (k == kAuto && min_share > 0.0f) {
-        k = num_keys;
-    } else if (k == kAuto) {
-        const auto steps =
-            static_cast<int64_t>(std::nearbyint(std::sqrt(static_cast<double>(num_keys)) / 16));
-        k = std::max<int64_t>(32, 16 * steps);
-    }
-    const bool dense = std::find(dense_layers.begin(), dense_layers.end(), layer) != dense_layers.end();
-    if (dense || num_keys < min_context || k + sinks + window + stride == 0)
-        return {num_keys, sinks, window, stride, centroid_tail, 0.0f};
+    if (!why_dense(layer, num_keys).empty()) return {num_keys, sinks, window, stride, centroid_tail, 0.0f};
     const int64_t last = min_share > 0.0f ? 1 : 0;  // no key may have the share
-    return {std::min(k, num_keys), sinks, std::max(window, last), stride, centroid_tail, min_share};
+    return {std::min(best(layer, num_keys), num_keys),
+            sinks,
+            std::max(window, last),
+            stride,
+            centroid_tail,
+            min_share};
+}
+
+std::string Settings::why_dense(int64_t layer, int64_t num_keys) const {
+    if (off()) return "top_k = 0";
+    if (std::find(dense_layers.begin(), dense_layers.end(), layer) != dense_layers.end())
+        return "dense_layers";
+    if (num_keys < min_context)
+        return std::to_string(num_keys) + " tokens, min_context = " + std::to_string(min_context);
+    const int64_t k = best(layer, num_keys);
+    if (k >= num_keys && min_share == 0.0f) return "top_k keeps all";
+    return k + sinks + window + stride == 0 ? "top_k = 0" : "";
+}
+
+// top_k of a layer.
+int64_t Settings::best(int64_t layer, int64_t num_keys) const {
+    const auto of_layer = static_cast<size_t>(layer);
+    const int64_t k = top_k.size() == 1 || layer < 0 ? top_k[0]
+                      : of_layer < top_k.size()      ? top_k[of_layer]
+                                                     : num_keys;
+    if (k != kAuto) return k;
+    if (min_share > 0.0f) return num_keys;
+    const auto steps = static_cast<int64_t>(std::nearbyint(std::sqrt(static_cast<double>(num_keys)) / 16));
+    return std::max<int64_t>(32, 16 * steps);
+}
+
+std::string Settings::words() const {
+    std::string ks;
+    for (const int64_t k : top_k) ks += (ks.empty() ? "" : ",") + (k == kAuto ? "auto" : std::to_string(k));
+    std::ostringstream share;
+    if (min_share > 0.0f) share << ", min_share = " << min_share;
+    return "top_k = " + ks + share.str() + ", sinks = " + std::to_string(sinks) +
+           ", window = " + std::to_string(window) +
+           (stride > 0 ? ", stride = " + std::to_string(stride) : "") +
+           ", tail = " + (centroid_tail ? "centroid" : "none") +
+           ", min_context = " + std::to_string(min_context);
 }
 
 Settings settings_from_json(const std::string& text, Settings s) {
@@ -247,7 +274,8 @@ Settings settings_from_environment() {
             throw std::invalid_argument("SPARSEK_CONFIG = '" + std::string(path) + "': " + error.what());
         }
     }
-    std::vector<std::string> known = {"SPARSEK_CONFIG", "SPARSEK_ISA", "SPARSEK_NUM_THREADS"};
+    std::vector<std::string> known = {"SPARSEK_CONFIG", "SPARSEK_ISA", "SPARSEK_NUM_THREADS",
+                                      "SPARSEK_STATS"};
     for (const char* field :
          {"top_k", "min_share", "sinks", "window", "stride", "tail", "dense_layers", "min_context"}) {
         std::string variable = "SPARSEK_";
@@ -262,6 +290,13 @@ Settings settings_from_environment() {
     }
     refuse_unknown(known);
     return checked(s);
+}
+
+bool stats_from_environment() {
+    const char* value = std::getenv("SPARSEK_STATS");
+    const std::string text = value ? value : "0";
+    if (text != "0" && text != "1") refuse("SPARSEK_STATS", "'" + text + "'", "0 or 1");
+    return text == "1";
 }
 
 }  // namespace sparsek::ggml

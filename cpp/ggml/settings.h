@@ -26,6 +26,13 @@ struct Settings {
     bool off() const { return top_k.size() == 1 && top_k[0] == 0; }
     // What a row keeps of `num_keys` keys in a layer; layer -1: unknown.
     Rule rule(int64_t layer, int64_t num_keys) const;
+    // Why a layer keeps all of so many keys; empty: it does not.
+    std::string why_dense(int64_t layer, int64_t num_keys) const;
+    // In one line.
+    std::string words() const;
+
+   private:
+    int64_t best(int64_t layer, int64_t num_keys) const;
 };
 
 // From an object of fields like {"top_k": 64, "tail": "none"}. Throws std::invalid_argument, which names the
@@ -36,5 +43,8 @@ Settings settings_from_json(const std::string& text, Settings defaults);
 // SPARSEK_STRIDE, SPARSEK_TAIL, SPARSEK_DENSE_LAYERS and SPARSEK_MIN_CONTEXT on top of it. Throws as
 // settings_from_json does, and at any other SPARSEK_ variable that is not of Kubernetes or Docker.
 Settings settings_from_environment();
+
+// Whether SPARSEK_STATS = 1 asks for a line at the end. Throws as the above.
+bool stats_from_environment();
 
 }  // namespace sparsek::ggml

@@ -238,6 +238,13 @@ def test_what_is_unknown_stays_with_the_host(host: ctypes.CDLL, shape: Shape) ->
     assert not Operation(host, shape).is_taken()
 
 
+@pytest.mark.parametrize("place", range(5, 10))
+def test_inputs_of_a_newer_ggml_stay_with_the_host(host: ctypes.CDLL, place: int) -> None:
+    operation = Operation(host, Shape())
+    operation.op.contents.src[place] = operation.op.contents.src[0]
+    assert not operation.is_taken()
+
+
 def test_a_step_of_generation_over_a_quantised_cache_stays_with_the_host(host: ctypes.CDLL) -> None:
     assert Operation(host, Shape(cache=Q8_0, queries=9)).is_taken()
     assert not Operation(host, Shape(cache=Q8_0, queries=1, keys=4096)).is_taken()

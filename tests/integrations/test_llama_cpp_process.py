@@ -88,7 +88,8 @@ loaded = library.ggml_backend_load(path.encode())
 name = library.ggml_backend_dev_by_name
 name.restype, name.argtypes = llama_api.c_void_p, [llama_api.c_char_p]
 integration.load_backend = integration.configure = lambda _: None
-logits = Context(Host(Path(model)), None).extend(tokens)
+context = Context(Host(Path(model)), None)
+logits = context.extend(tokens)
 print(bool(loaded), bool(name(b"SPARSEK")), repr(float(logits.sum())))
 """
 )
@@ -121,6 +122,7 @@ def plain(model: Path) -> str:
         ("SPARSEK_TOP_K", "a\nb", "SPARSEK_TOP_K: top_k = 'a b': must be"),
         ("SPARSEK_NUM_THREADS", "0", "SPARSEK_NUM_THREADS = '0': must be"),
         ("SPARSEK_ISA", "foo", "SPARSEK_ISA = 'foo'"),
+        ("SPARSEK_STATS", "yes", "SPARSEK_STATS = 'yes': must be 0 or 1"),
     ],
 )
 def test_wrong_variable(model: Path, plain: str, variable: str, value: str, line: str) -> None:
@@ -161,24 +163,29 @@ def test_right_variables(model: Path, tmp_path: Path) -> None:
     file.write_text('{"top_k": 9, "sinks": 1, "tail": "none", "dense_layers": [], "min_context": 0}')
     code = PLAIN + "print(integration.counts())"
     out, errors = run(code, backend_path(), model, SPARSEK_CONFIG=str(file))
-    assert our_lines(errors) == []
+    assert our_lines(errors) == [
+        "sparsek: Sparse-K is in use in layers 0: "
+        "top_k = 9, sinks = 1, window = 16, tail = none, min_context = 0"
+    ]
     assert out.startswith("True True ")
     assert "sparse=1, dense=0, by_host=0" in out
-    out, _ = run(code, backend_path(), model, SPARSEK_CONFIG=str(file), SPARSEK_DENSE_LAYERS="0")
+    out, errors = run(code, backend_path(), model, SPARSEK_CONFIG=str(file), SPARSEK_DENSE_LAYERS="0")
+    assert our_lines(errors) == ["sparsek: Sparse-K is not in use here: layers 0 (dense_layers)"]
     assert "sparse=0, dense=1, by_host=0" in out
     # A count without limit is dense attention, but not with a share.
     everything = {"SPARSEK_CONFIG": str(file), "SPARSEK_TOP_K": "99999"}
     for share, counted in (("0", "sparse=0, dense=1"), ("1e-2", "sparse=1, dense=0")):
         out, _ = run(code, backend_path(), model, **everything, SPARSEK_MIN_SHARE=share)
         assert counted in out
-    out, _ = run(code, backend_path(), model, SPARSEK_CONFIG=str(file), SPARSEK_TOP_K="0")
+    out, errors = run(code, backend_path(), model, SPARSEK_CONFIG=str(file), SPARSEK_TOP_K="0")
+    assert our_lines(errors) == ["sparsek: Sparse-K is not in use here: layers 0 (top_k = 0)"]
     assert "sparse=0, dense=0, by_host=0" in out
 
 
 def test_what_a_service_called_sparsek_brings_is_no_setting(model: Path) -> None:
     """In a pod of Kubernetes: they change nothing, and a typing error beside them is still found."""
     out, errors = run(PLAIN, backend_path(), model, **OF_A_SERVICE)
-    assert our_lines(errors) == []
+    assert our_lines(errors) == ["sparsek: Sparse-K is not in use here: layers 0 (dense_layers)"]
     assert out.startswith("True True ")
     _, errors = run(LOADED, backend_path(), *NOT_OF_A_SERVICE, **OF_A_SERVICE)
     found = [line.split(":")[1] for line in our_lines(errors)]
@@ -198,6 +205,43 @@ for variable in variables:
     assert load(path.encode()) is None
     del os.environ[variable]
 """
+
+
+def test_a_context_without_flash_attention_is_told(model: Path) -> None:
+    _, errors = run(PLAIN.replace("None)", "None, flash_attn_type=0)"), backend_path(), model)
+    assert our_lines(errors) == [
+        "sparsek: Sparse-K is not in use here: the model's graph has no flash attention (-fa on, or auto)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "line"),
+    [
+        ({}, "layers 0 (1024 tokens, min_context = 2048)"),
+        ({"type_k": 2, "type_v": 2}, "layers 0 (the format of its cache)"),
+    ],
+    ids=str,
+)
+def test_why_not_is_told(model: Path, parameters: dict[str, int], line: str) -> None:
+    code = PLAIN.replace("None)", f"None, **{parameters})")
+    _, errors = run(code, backend_path(), model, SPARSEK_DENSE_LAYERS="none")
+    assert our_lines(errors) == [f"sparsek: Sparse-K is not in use here: {line}"]
+
+
+def test_who_computed_what_is_told_at_the_end(model: Path) -> None:
+    code = PLAIN + "context.extend(tokens[:1]); context.extend(tokens[:1])"
+    variables = {"SPARSEK_DENSE_LAYERS": "none", "SPARSEK_STATS": "1"}
+    _, errors = run(code, backend_path(), model, SPARSEK_MIN_CONTEXT="0", **variables)
+    assert our_lines(errors)[1:] == [
+        "sparsek: attention operations of prompts: 1 with Sparse-K, 0 dense, 0 given back to the host; "
+        "of steps: 2 with Sparse-K, 0 dense, 0 given back to the host"
+    ]
+    _, errors = run(code, backend_path(), model, SPARSEK_MIN_CONTEXT="500", **variables)
+    assert our_lines(errors)[1:] == [
+        "sparsek: attention operations of prompts: 0 with Sparse-K, 1 dense, 0 given back to the host; "
+        "of steps: 0 with Sparse-K, 0 dense, 0 given back to the host; "
+        "left to the host: some of layers 0 (steps below min_context)"
+    ]
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "another library"])
@@ -298,9 +342,40 @@ def test_known_interface_without_the_functions(tmp_path: Path) -> None:
     assert re.search(r"libstub\.so has no function ggml_\w+: it is not a ggml that is known here", line)
 
 
-def load_into_stub(folder: Path, **numbers: int) -> tuple[str, str]:
+# A backend's table: guid, name, free, and what stands at 3 to 8 tells which layout it has.
+WHOLE = """
+static int nothing(void) { return 0; }
+static void* table[18] = { 0, nothing, nothing, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0 };
+size_t ggml_tensor_overhead(void) { return OVERHEAD; }
+void* ggml_backend_init_by_type(int type, const char* parameters) {
+  (void)type, (void)parameters;
+  for (int i = FIRST; i < FIRST + 5; ++i) table[i] = nothing;
+  return table;
+}
+#define STUB(name) int name(void) { return 0; }
+STUB(ggml_backend_cpu_buffer_type) STUB(ggml_op_name) STUB(ggml_get_type_traits)
+STUB(ggml_backend_buft_is_host) STUB(ggml_graph_n_nodes) STUB(ggml_graph_node) STUB(ggml_init) STUB(ggml_free)
+STUB(ggml_new_tensor) STUB(ggml_flash_attn_ext) STUB(ggml_new_graph) STUB(ggml_build_forward_expand)
+STUB(ggml_backend_free) STUB(ggml_backend_graph_compute)
+"""
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_older_layout_of_an_interface(tmp_path: Path, version: int) -> None:
+    out, line = load_into_stub(tmp_path, WHOLE, API_VERSION=version, REGISTRIES=1, OVERHEAD=368, FIRST=7)
+    assert out == "None\n"
+    assert f"ggml 9.9.9 has an older layout of backend interface {version}: use a release" in line
+
+
+def test_tensors_of_another_size(tmp_path: Path) -> None:
+    out, line = load_into_stub(tmp_path, WHOLE, API_VERSION=2, REGISTRIES=1, OVERHEAD=432, FIRST=9)
+    assert out == "None\n"
+    assert "ggml 9.9.9 was built with tensors of 432 bytes; supported are those of 368" in line
+
+
+def load_into_stub(folder: Path, more: str = "", **numbers: int) -> tuple[str, str]:
     stub = folder / "libstub.so"
-    compile_c(stub, "".join(f"#define {name} {n}\n" for name, n in numbers.items()) + STUB)
+    compile_c(stub, "".join(f"#define {name} {n}\n" for name, n in numbers.items()) + STUB + more)
     out, errors = run(
         LOADED_BY.format(function="load", arguments="sys.argv[2].encode()"), stub, backend_path()
     )
