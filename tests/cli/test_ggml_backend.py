@@ -25,13 +25,13 @@ def test_path_alone(sparsek: Sparsek) -> None:
 def test_every_host_and_variable(sparsek: Sparsek) -> None:
     text = sparsek("ggml-backend")
     path = sparsek("ggml-backend", "--path").strip()
-    for host in ("llama-server", "llama-bench", "llama-cpp-python", "xllamacpp"):
+    for host in library.instructions(Path(path)):
         assert f"\n{host}:\n" in text
-    assert text.count(path) == 5
+    assert text.count(path) == 1 + len(library.instructions(Path(path)))
     defaults = dict(line.split() for line in text.splitlines() if line.startswith("  SPARSEK_"))
     assert defaults["SPARSEK_TOP_K"] == "auto"
     assert defaults["SPARSEK_MIN_CONTEXT"] == str(SparseKConfig().min_context)
-    assert {"SPARSEK_DENSE_LAYERS", "SPARSEK_CONFIG"} < set(defaults)
+    assert {"SPARSEK_DENSE_LAYERS", "SPARSEK_CONFIG", "SPARSEK_STATS"} < set(defaults)
 
 
 @pytest.mark.model

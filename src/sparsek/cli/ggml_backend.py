@@ -11,12 +11,12 @@ import click
 def command(only_path: bool, debug: bool) -> None:  # noqa: ARG001
     """Where the llama.cpp backend is, how each program loads it, and the variables it reads.
 
-    Flash attention must be on: Sparse-K takes its place.
+    Flash attention must be on or auto: Sparse-K takes its place.
 
     \b
     Examples:
       sparsek ggml-backend
-      GGML_BACKEND_PATH=$(sparsek ggml-backend --path) llama-bench -m model.gguf -fa on
+      GGML_BACKEND_PATH=$(sparsek ggml-backend --path) llama-bench -m model.gguf
     """
     from ..integrations import llama_cpp_hosts as library
 
@@ -34,6 +34,8 @@ def command(only_path: bool, debug: bool) -> None:  # noqa: ARG001
         click.echo(f"  {name.ljust(width)}  {value}")
     click.echo("\nSPARSEK_CONFIG is a JSON file like those of --config; the other variables change it.")
     click.echo(
-        "Where it works, llama.cpp's log says: load_backend: loaded SPARSEK backend. Contexts below "
-        "SPARSEK_MIN_CONTEXT stay dense."
+        "Where it works, a line on stderr says so: sparsek: Sparse-K is in use in layers ...; "
+        "it names those where it is not, and why. "
+        "That llama.cpp or llama-bench names the backend proves nothing. SPARSEK_STATS=1 tells "
+        "at the end who computed what."
     )

@@ -27,13 +27,26 @@ params.model.path, params.n_ctx = "model.gguf", 8192
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
 server = xllamacpp.Server(params)
 print(server.handle_completions({{"prompt": "Once upon a time", "max_tokens": 16}}))"""
+_NODE: Final = """\
+process.env.GGML_BACKEND_PATH = "{path}"
+process.env.SPARSEK_TOP_K = "64"
+const {{getLlama}} = await import("node-llama-cpp")
+const llama = await getLlama({{gpu: false}})
+const model = await llama.loadModel({{modelPath: "model.gguf"}})
+const context = await model.createContext({{contextSize: 8192}})"""
+_PROGRAMS: Final = {
+    "llama-server": "llama-server -m model.gguf",
+    "llama-completion": "llama-completion -m model.gguf -f prompt.txt",
+    "llama-bench": "llama-bench -m model.gguf -p 8192",
+    # They read the variable when a device is named, and only then.
+    "llama-server and others whose backends are built in": "llama-server -dev SPARSEK -m model.gguf",
+}
 _HOSTS: Final = {
-    "llama-server": _NATIVE.format(
-        path="{path}", example=_EXAMPLE, program="llama-server -m model.gguf -fa on"
-    ),
-    "llama-bench": _NATIVE.format(
-        path="{path}", example=_EXAMPLE, program="llama-bench -m model.gguf -fa on -p 8192"
-    ),
+    **{
+        host: _NATIVE.format(path="{path}", example=_EXAMPLE, program=program)
+        for host, program in _PROGRAMS.items()
+    },
+    "node-llama-cpp": _NODE,
     "llama-cpp-python": _LLAMA_CPP_PYTHON,
     "xllamacpp": _XLLAMACPP,
 }
@@ -48,7 +61,7 @@ def installed_backend() -> Path:
 
 
 def instructions(path: Path) -> dict[str, str]:
-    """Host: the lines that load the backend at `path`, keep 64 keys and turn flash attention on."""
+    """Host: the lines that load the backend at `path`, keep 64 keys and have flash attention on."""
     return {host: lines.format(path=path) for host, lines in _HOSTS.items()}
 
 
@@ -60,4 +73,4 @@ def variables() -> dict[str, str]:
         for name, value in named.items()
         if name not in _FOR_GPUS
     }
-    return {**defaults, f"{_PREFIX}CONFIG": "none"}
+    return {**defaults, f"{_PREFIX}CONFIG": "none", f"{_PREFIX}STATS": "0"}
