@@ -384,11 +384,9 @@ TIMINGS = {"graph": "replayed CUDA graphs", "calls": "plain calls"}
 
 def _cuda(machine: dict[str, Any]) -> str:
     """PyTorch and what it calls; 91501 is cuDNN 9.15.1."""
-    cudnn = machine["cudnn"]
-    return (
-        f"PyTorch {machine['torch_version']}, CUDA {machine['cuda']}, "
-        f"cuDNN {cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
-    )
+    cudnn = machine["cudnn"]  # null where it could not be read
+    known = f", cuDNN {cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}" if cudnn else ""
+    return f"PyTorch {machine['torch_version']}, CUDA {machine['cuda']}{known}"
 
 
 def study_kl() -> str:
