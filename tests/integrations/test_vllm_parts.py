@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from sparsek.integrations.vllm_cpu_cache import Packing
+from sparsek.integrations.vllm_cuda_cache import gather, split
 from sparsek.integrations.vllm_plan import MIN_ROWS, Prompt, others, prompts
 from sparsek.integrations.vllm_settings import settings
+from sparsek.integrations.vllm_versions import expected_layout, layout_of, tried, unreadable, was_tried
 
 # ---- Plans
 
@@ -177,6 +179,124 @@ def test_a_packing_is_learned(write: Callable[..., None], dtype: torch.dtype, bl
 @pytest.mark.parametrize("write", [halved, without_the_last, heads_exchanged])
 def test_a_packing_that_cannot_be_read_is_none(write: Callable[..., None]) -> None:
     assert Packing.learn(write, torch.zeros(4, 2, 32, 128, dtype=torch.bfloat16)) is None
+
+
+# ---- Caches on CUDA
+
+HEADS, SIZE, BLOCK = 3, 8, 16
+# In words; the axes of [pages, layers, keys and values, tokens, heads, channels] as they lie in memory; and
+# the order in which vLLM indexes what is left of them for one layer.
+SPLIT, PACKED = (0, 2, 3, 4, 5), (0, 4, 3, 2, 5)
+CACHES = {
+    "split, tokens first": ((1, 0, 2, 3, 4, 5), SPLIT),
+    "split, heads first": ((1, 0, 2, 4, 3, 5), SPLIT),
+    "split, layers beside each other": ((0, 1, 2, 3, 4, 5), SPLIT),
+    "packed, LBNHC": ((1, 0, 3, 4, 2, 5), PACKED),
+    "packed, LBHNC": ((1, 0, 4, 3, 2, 5), PACKED),
+    "packed, LHBNC": ((1, 4, 0, 3, 2, 5), PACKED),
+    "packed, BLHNC": ((0, 1, 4, 3, 2, 5), PACKED),
+    "packed, BLNHC": ((0, 1, 3, 4, 2, 5), PACKED),
+    "packed, BHLNC": ((0, 4, 1, 3, 2, 5), PACKED),
+}
+
+
+def cache_of(tokens: torch.Tensor, name: str) -> torch.Tensor:
+    """What vLLM gives a layer, the middle one of three, of `tokens` [pages, 3, 2, block, heads, channels]."""
+    in_memory, order = CACHES[name]
+    memory = tokens.permute(in_memory).contiguous()
+    back = [in_memory.index(axis) for axis in range(6)]
+    cache = memory.permute(back).select(1, 1)  # a view of it
+    if order is SPLIT:
+        return cache
+    # Keys and values of a token are beside each other: one axis.
+    packed = cache.permute(0, 3, 2, 1, 4)
+    assert packed.stride(3) == SIZE
+    return packed.as_strided(
+        (*packed.shape[:3], 2 * SIZE), (*packed.stride()[:3], 1), packed.storage_offset()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", CACHES)
+def test_pages_of_every_layout_give_the_same_keys_and_values(name: str, dtype: torch.dtype) -> None:
+    tokens = torch.randn(7, 3, 2, BLOCK, HEADS, SIZE, generator=torch.Generator().manual_seed(0)).to(dtype)
+    numbers = torch.tensor([5, 0, 6, 2], dtype=torch.int32)
+    expected = tokens[numbers.long(), 1].permute(1, 3, 0, 2, 4).reshape(2, 1, HEADS, 4 * BLOCK, SIZE)
+    cache = cache_of(tokens, name)
+    layout = layout_of(cache.shape, HEADS, SIZE)
+    assert layout is not None
+    assert layout.is_packed == name.startswith("packed")
+    space = torch.full((2 * 4 * BLOCK * HEADS * SIZE,), torch.nan, dtype=dtype)
+    found = gather(layout, cache, numbers, space)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert found.untyped_storage().data_ptr() == space.untyped_storage().data_ptr()
+    # As kernels are compiled for before there is a cache.
+    assert split(layout, space, HEADS, SIZE).stride() == found.stride()
+    assert found.stride(-1) == 1
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(9, 2, 16, 3, 16), (9, 2, 16, 4, 8), (9, 3, 16, 8), (2, 9, 16, 3, 8), (9, 16, 3, 16), (9, 16, 48)],
+)
+def test_a_cache_of_another_shape_is_not_read(shape: tuple[int, ...]) -> None:
+    assert layout_of(shape, HEADS, SIZE) is None
+    told = unreadable(shape, "cuda")
+    assert str(list(shape)) in told
+    assert told.endswith(tried("cuda"))
+
+
+class Until025:
+    """As vLLM's backends up to 0.25."""
+
+    @staticmethod
+    def get_kv_cache_shape(blocks: int, block: int, heads: int, size: int) -> tuple[int, ...]:
+        return blocks, 2, block, heads, size
+
+
+class Until027:
+    @staticmethod
+    def get_kv_cache_shape(blocks: int, block: int, heads: int, size: int) -> tuple[int, ...]:
+        return blocks, heads, block, 2 * size
+
+
+class Since032:
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> None:
+        return None
+
+
+class Before023:
+    @staticmethod
+    def get_kv_cache_shape(blocks: int, block: int, heads: int, size: int) -> tuple[int, ...]:
+        return 2, blocks, block, heads, size
+
+
+@pytest.mark.parametrize(
+    ("backend", "versions"),
+    [
+        (Until025, ("0.23", "0.25")),
+        (Until027, ("0.27", "0.32", "0.33")),
+        (Since032, ("0.27", "0.32", "0.33")),
+        (Before023, None),
+        (object, None),
+    ],
+)
+def test_the_layout_is_known_before_there_is_a_cache(backend: Any, versions: Any) -> None:
+    found = expected_layout(backend, HEADS, SIZE)
+    assert (found and found.versions) == versions
+
+
+def test_versions_that_were_tried() -> None:
+    assert [v for v in ("0.23.0", "0.25.1", "0.32.0", "0.3.0", "0.330.0") if was_tried(v, "cuda")] == [
+        "0.23.0",
+        "0.25.1",
+        "0.32.0",
+    ]
+    assert was_tried("0.32.0+cpu", "cpu")
+    assert not was_tried("0.23.0", "cpu")
+    assert not was_tried("dev", "cuda")
+    assert tried("cuda") == "vLLM 0.23, 0.25, 0.27, 0.32, 0.33 on CUDA"
 
 
 # ---- Settings

@@ -129,12 +129,19 @@ class SparseLayer:
             self.why_not = _DRAFT
             return
         config = settings(vllm_config, self.device)
-        self.sparsek = None if self.why_not is not None else config
         _tell(config)
+        if self.why_not is None:
+            self.sparsek = config
+            self._leave(self.why_not_usable())
 
     def host_name(self) -> str:
         """The host's own attention, in words."""
         raise NotImplementedError
+
+    def why_not_usable(self) -> str | None:
+        """Why this vLLM's cache or interface is not one that we can use, as far as that is known before the
+        model is loaded; or None."""
+        return None
 
     def why_not_readable(self, layer: Any, kv_cache: torch.Tensor) -> str | None:
         """Why the host's cache is not one that we can read, or None."""
@@ -145,12 +152,12 @@ class SparseLayer:
         raise NotImplementedError
 
     def space(self, dtype: torch.dtype, device: torch.device, tokens: int) -> torch.Tensor:
-        """Room for keys and values of so many tokens, [2, tokens * Hkv * D], the same at every call."""
-        key, size = (dtype, device), tokens * self.num_kv_heads * self.head_size
+        """Room for keys and values of so many tokens, [2 * tokens * Hkv * D], the same at every call."""
+        key, size = (dtype, device), 2 * tokens * self.num_kv_heads * self.head_size
         space = self._spaces.get(key)
-        if space is None or space.shape[1] < size:
-            space = self._spaces[key] = torch.zeros(2, size, dtype=dtype, device=device)
-        return space[:, :size]
+        if space is None or len(space) < size:
+            space = self._spaces[key] = torch.zeros(size, dtype=dtype, device=device)
+        return space[:size]
 
     def reserve(self, layer: Any, query: torch.Tensor, output: torch.Tensor) -> str | None:
         """Take all memory that the longest prompt needs, and compile all kernels, while vLLM measures what
@@ -170,8 +177,8 @@ class SparseLayer:
         self,
         layer: Any,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,  # no keys and values where they are in the cache already
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: Any,
         output: torch.Tensor,
@@ -270,15 +277,16 @@ def _of_rows(
     rows: Rows,
     layer: Any,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
     kv_cache: torch.Tensor,
     metadata: Any,
     output: torch.Tensor,
 ) -> None:
     """The host's attention for some rows of the batch."""
     out = output[rows]
-    host(layer, query[rows], key[rows], value[rows], kv_cache, metadata, out)
+    k, v = (None if x is None else x[rows] for x in (key, value))
+    host(layer, query[rows], k, v, kv_cache, metadata, out)
     if not isinstance(rows, slice):
         output[rows] = out
 

@@ -15,6 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from .. import _core
 from .vllm_backend import MOST_OF_A_PAGE, PlanningBuilder, SparseLayer
 from .vllm_cpu_cache import Packing
+from .vllm_versions import unreadable
 
 
 def __getattr__(name: str) -> Any:
@@ -54,7 +55,7 @@ class Layer(SparseLayer, CPUAttentionBackendImpl):  # type: ignore[misc]
 
             self._packings[key] = Packing.learn(write, kv_cache)
         self._packing = self._packings[key]
-        return "its cache is packed in a way we do not know" if self._packing is None else None
+        return unreadable(kv_cache.shape, self.device) if self._packing is None else None
 
     def reserve(self, layer: Any, query: torch.Tensor, output: torch.Tensor) -> str | None:  # noqa: ARG002
         self.space(query.dtype, query.device, self.longest + MOST_OF_A_PAGE)
@@ -66,7 +67,7 @@ class Layer(SparseLayer, CPUAttentionBackendImpl):  # type: ignore[misc]
         count = -(-num_keys // block)
         space, unpacked = self.space(kv_cache.dtype, kv_cache.device, count * block), []
         for which in range(2):
-            out = space[which].view(self.num_kv_heads, count * block, self.head_size)
+            out = space.view(2, -1)[which].view(self.num_kv_heads, count * block, self.head_size)
             self._packing.unpack(kv_cache, numbers[:count].long(), which, out)
             unpacked.append(out[None, :, :num_keys])
         return tuple(unpacked)

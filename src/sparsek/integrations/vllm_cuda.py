@@ -16,6 +16,8 @@ from vllm.v1.attention.backends.flash_attn import (
 from ..kernels import triton_prefill
 from ..policy import on_gpu, resolve
 from .vllm_backend import MOST_OF_A_PAGE, PlanningBuilder, SparseLayer
+from .vllm_cuda_cache import gather, split
+from .vllm_versions import Layout, expected_layout, layout_of, unreadable
 
 if not current_platform.is_cuda():
     raise ImportError(
@@ -38,17 +40,20 @@ class Layer(SparseLayer, FlashAttentionImpl):  # type: ignore[misc]
 
     device, kernel = "cuda", "triton_prefill"
     _reserved: ClassVar[dict[tuple[Any, ...], str | None]] = {}
+    _layout: Layout | None
 
     def host_name(self) -> str:
         return f"FLASH_ATTN {self.vllm_flash_attn_version}"
 
+    def why_not_usable(self) -> str | None:
+        self._layout = expected_layout(FlashAttentionBackend, self.num_kv_heads, self.head_size)
+        return unreadable(None, self.device) if self._layout is None else None
+
     def why_not_readable(self, layer: Any, kv_cache: torch.Tensor) -> str | None:  # noqa: ARG002
-        expected = (2, self.num_kv_heads, self.head_size)
-        if kv_cache.ndim != 5 or (kv_cache.shape[1], *kv_cache.shape[3:]) != expected:
-            return (
-                f"its cache is {list(kv_cache.shape)}, and [blocks, 2, block, {self.num_kv_heads}, "
-                f"{self.head_size}] is the one that we can read"
-            )
+        found = layout_of(kv_cache.shape, self.num_kv_heads, self.head_size)
+        if found is None:
+            return unreadable(kv_cache.shape, self.device)
+        self._layout = found
         return None
 
     def reserve(self, layer: Any, query: torch.Tensor, output: torch.Tensor) -> str | None:  # noqa: ARG002
@@ -64,9 +69,10 @@ class Layer(SparseLayer, FlashAttentionImpl):  # type: ignore[misc]
 
     def _reserve(self, query: torch.Tensor, output: torch.Tensor) -> None:
         assert self.sparsek is not None
+        assert self._layout is not None
         config = replace(on_gpu(self.sparsek), dense_layers=(), min_context=0)
         space = self.space(query.dtype, query.device, self.longest + MOST_OF_A_PAGE)
-        k, v = (x.view(1, -1, self.num_kv_heads, self.head_size).transpose(1, 2) for x in space)
+        k, v = split(self._layout, space, self.num_kv_heads, self.head_size)
         budgets = config.top_k if isinstance(config.top_k, tuple) else (config.top_k,)
         for budget in sorted(set(budgets), key=str):
             of_budget = replace(config, top_k=budget)
@@ -77,17 +83,12 @@ class Layer(SparseLayer, FlashAttentionImpl):  # type: ignore[misc]
                 self.attend(query[part], k[:, :, :keys], v[:, :, :keys], output[part], of_budget, None)
 
     def pages(self, kv_cache: torch.Tensor, numbers: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, ...]:
-        block = kv_cache.shape[2]
+        assert self._layout is not None
+        block = int(kv_cache.shape[2])  # in either layout
         count = -(-num_keys // block)
-        space, gathered = self.space(kv_cache.dtype, kv_cache.device, count * block), []
-        for pages, out in zip(kv_cache.unbind(1), space, strict=True):
-            into = out.view(count, *pages.shape[1:])
-            if pages[0].is_contiguous():  # eight bytes at a time
-                pages, into = (x.view(torch.int64).flatten(1) for x in (pages, into))
-            torch.index_select(pages, 0, numbers[:count], out=into)
-            tokens = out.view(1, count * block, self.num_kv_heads, self.head_size)
-            gathered.append(tokens[:, :num_keys].transpose(1, 2))
-        return tuple(gathered)
+        space = self.space(kv_cache.dtype, kv_cache.device, count * block)
+        k, v = gather(self._layout, kv_cache, numbers[:count], space)
+        return k[:, :, :num_keys], v[:, :, :num_keys]
 
 
 class Backend(FlashAttentionBackend):  # type: ignore[misc]
