@@ -1,4 +1,4 @@
-"""Sparse-K in vLLM on the CPU: the backend CPU_ATTN, where CUSTOM is asked for."""
+"""Sparse-K in vLLM on the CPU: the backend CPU_ATTN, where Sparse-K is asked for."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from .. import _core
+from .vllm import NAMES
 from .vllm_backend import MOST_OF_A_PAGE, PlanningBuilder, SparseLayer
 from .vllm_cpu_cache import Packing
 from .vllm_versions import unreadable
 
 
 def __getattr__(name: str) -> Any:
-    """`Backend`: ours where CUSTOM was asked for, and the host's own for everybody else."""
+    """`Backend`: ours where Sparse-K was asked for, and the host's own for everybody else."""
     if name != "Backend":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    asked = getattr(get_current_vllm_config().attention_config, "backend", None)
-    return SparseBackend if getattr(asked, "name", None) == "CUSTOM" else CPUAttentionBackend
+    config = get_current_vllm_config().attention_config
+    asked = config.backend
+    # Of the kinds of layers that can be asked for apart, this one is Sparse-K's.
+    asked = getattr(config, "backend_per_kind", {}).get("full_attention", asked)
+    return SparseBackend if getattr(asked, "name", None) in NAMES else CPUAttentionBackend
 
 
 class Builder(PlanningBuilder, CPUAttentionMetadataBuilder):  # type: ignore[misc]

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 import vllm
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from sparsek.engines.random_weights import randomise
 from sparsek.integrations import vllm_backend
 
 WORST = 0.02  # rounding to bfloat16, of another order of adding
 ON_CPU = current_platform.is_cpu()
+TAKES_NAMES = hasattr(AttentionBackendEnum, "register")
+OWN_NAME = "SPARSEK" if TAKES_NAMES else "CUSTOM"
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -20,7 +20,7 @@ from typing import Any
 import openai
 import pytest
 
-from .host import ON_CPU
+from .host import ON_CPU, OWN_NAME
 
 START = 300  # seconds, at most
 KEEP_ALL = '{"sparsek": {"top_k": 1000000, "min_context": 0}}'
@@ -128,7 +128,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # In float32, for texts are compared that were computed in products of other shapes.
-    options = ["--attention-backend", "CUSTOM", "--enable-prompt-tokens-details"]
+    options = ["--attention-backend", OWN_NAME, "--enable-prompt-tokens-details"]
     options += ["--max-num-batched-tokens", "2048", "--dtype", "float32" if ON_CPU else "bfloat16"]
     with serving_at(model, tmp_path_factory.mktemp("server"), *options) as running:
         yield running
@@ -183,14 +183,18 @@ def test_too_long_a_prompt_is_refused(server: Server) -> None:
 
 
 def test_keeping_everything_is_dense(model: Path, tmp_path: Path) -> None:
-    """The same tokens, greedily, with our backend as without it."""
+    """The same tokens, greedily, with our backend as without it, by either name; also in processes that are
+    spawned, and are told the backend's name before they have loaded the plug-in."""
     texts = []
-    for options in ([], ["--attention-backend", "CUSTOM", "--additional-config", KEEP_ALL]):
+    for name in (None, "CUSTOM", OWN_NAME):
         folder = tmp_path / str(len(texts))
         folder.mkdir()
-        with serving_at(model, folder, *options, "--enforce-eager") as server:
+        options = ["--attention-backend", name, "--additional-config", KEEP_ALL] if name else []
+        spawned = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"} if name == OWN_NAME else {}
+        with serving_at(model, folder, *options, "--enforce-eager", **spawned) as server:
             texts.append([server.complete(server.tokens(n), 32) for n in (100, 3000)])
-    assert texts[0] == texts[1]
+            assert ("Sparse-K attends" in server.log.read_text()) == bool(name)
+    assert texts[0] == texts[1] == texts[2]
 
 
 @pytest.mark.parametrize(
