@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -346,3 +348,20 @@ def test_the_entry_point_loads_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_a_vllm_that_takes_no_attention_from_outside_is_named(tmp_path: Path) -> None:
+    """As before 0.11, or where a later one has it elsewhere."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("")
+    program = "from sparsek.integrations.vllm import register; register()"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    (line,) = done.stderr.splitlines()
+    assert "No module named 'vllm.v1'" in line
+    assert f"It works with {tried('cuda')}, and {tried('cpu')}" in line
