@@ -138,18 +138,17 @@ def test_auto_becomes_a_number() -> None:
     assert fixed(SparseKConfig(), 8192) == SparseKConfig(top_k=96)
     assert fixed(SparseKConfig(top_k=(8, "auto")), 4096).top_k == (8, 64)
     assert fixed(SparseKConfig(top_k=7), 4096).top_k == 7
-    assert fixed(SparseKConfig(select="tile"), 8192).top_k == 384
 
 
 def test_a_share_is_no_number() -> None:
     shares = SparseKConfig(min_share=0.01), SparseKConfig((8, "auto"), min_share=0.01)
     for config in (*shares, SparseKConfig(64, min_share=0.01)):
-        assert by_share(config, 8192)
+        assert by_share(config)
         assert fixed(config, 8192) == config
     tiles = SparseKConfig((8, "auto"), select="tile")
-    assert [by_share(tiles, n) for n in (8192, 8193)] == [False, True]
+    assert by_share(tiles)
     counts = SparseKConfig(), SparseKConfig(64), SparseKConfig((8, 16), select="tile")
-    assert not any(by_share(config, 131072) for config in counts)
+    assert not any(by_share(config) for config in counts)
 
 
 def test_on_a_gpu_lists_of_tiles_are_longer() -> None:
@@ -158,14 +157,12 @@ def test_on_a_gpu_lists_of_tiles_are_longer() -> None:
     assert [on_gpu(SparseKConfig(top_k=k)).top_k for k in (341, 342, 3000)] == [2046, 2048, 3000]
     for config in (SparseKConfig(select="tile"), SparseKConfig(select="query"), SparseKConfig.pure(64)):
         assert on_gpu(config) == config
-    assert fixed(SparseKConfig(), 8192, "cuda").top_k == 384
-    assert fixed(SparseKConfig(), 8193, "cuda").top_k == "auto"
+    assert fixed(SparseKConfig(), 8192, "cuda").top_k == "auto"
     assert fixed(SparseKConfig(), 8192, "cpu").top_k == 96
 
 
 def test_a_share_is_a_rule_of_its_own_and_a_count_its_limit() -> None:
     tiles = SparseKConfig(select="tile", dense_layers=(1,))
-    assert (resolve(tiles, 8192, layer=0).min_share, resolve(tiles, 8192, layer=0).top_k) == (0.0, 384)
     rule = resolve(tiles, 8193, layer=0)
     assert (rule.min_share, rule.top_k, rule.keeps_all(8193)) == (AUTO_SHARE, NO_LIMIT, False)
     assert rule == resolve(tiles, 8194, layer=0)  # nothing in it goes by the number of keys

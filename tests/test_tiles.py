@@ -166,11 +166,10 @@ def test_rows_that_are_computed_in_chunks_are_the_same(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("num_keys", "share", "listed"),
-    [(1024, 0.0, 384), (8256, 0.0, 0), (1024, 0.004, 0), (192, 0.004, 192 - 4 - 15 - 64)],
+    [(192, 0.0, 192 - 4 - 15 - 64), (8256, 0.0, 0), (1024, 0.0005, 1024 - 4 - 15 - 64)],
 )
 def test_auto_is_a_list_of_its_own_length(num_keys: int, share: float, listed: int) -> None:
-    """Or, of long prompts and where a share is given, by share: each key gets as much, 0.0001 of 8256 keys,
-    0.001 of 1024, 0.0052 of 192."""
+    """By share: each key gets as much, 0.0001 of 8256 keys, 0.001 of 1024, 0.0052 of 192."""
     config = SparseKConfig(select="tile", min_context=0, min_share=share)
     q, k = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, num_keys, 4)
     # The last row sees its whole tile, and the window before that.

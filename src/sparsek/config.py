@@ -31,8 +31,8 @@ class SparseKConfig:
 
     Args:
         top_k: the most keys kept per query by score, outside the always-kept ones; a tuple gives one value
-            per layer. "auto" is about sqrt(context); for the lists of tiles 384 up to 8192 tokens, and beyond
-            as many as have a `min_share` of 0.004. With `min_share` it is no limit.
+            per layer. "auto" is about sqrt(context); for the lists of tiles as many as have a `min_share`
+            of 0.004. With `min_share` it is no limit.
         min_share: keep only keys that get at least this share of the query's softmax over all allowed keys,
             up to 1, and the last allowed position; a larger share keeps fewer. With tiles those that some
             query of the tile gives so much. 0: `top_k` alone says what is kept.

@@ -12,10 +12,8 @@ from .config import SparseKConfig, Tail, TopK
 
 AUTO_STEP = 16
 AUTO_MIN = 32
-# "auto" for the lists of tiles: up to so many tokens a count, beyond it those keys that get this share of the
-# softmax of some row of the tile. Kernels keep about what 0.0025 would, for their sums are too low.
-_AUTO_LIST = 384
-_AUTO_LIST_TOKENS = 8192
+# "auto" for the lists of tiles: those keys that get this share of the softmax of some row of one. Kernels
+# keep about what 0.0025 would, for their sums are too low.
 AUTO_SHARE = 0.004
 NO_LIMIT = 2**31 - 1  # of a count
 _LIST_PER_K = 6  # about as good as K for each query: docs/choosing-k.md
@@ -115,11 +113,11 @@ def fixed(config: SparseKConfig, context_length: int, device: str = "cpu") -> Sp
     """`config` with numbers for "auto", as they are at this context and on this device, "cpu" or "cuda"; it
     stays "auto" where that is by share."""
     config = on_gpu(config) if device == "cuda" else config
-    if by_share(config, context_length):
+    if by_share(config):
         return config
 
     def number(budget: TopK) -> TopK:
-        return _auto(config, context_length)[0] if budget == "auto" else budget
+        return auto_top_k(context_length) if budget == "auto" else budget
 
     budgets = config.top_k
     return replace(
@@ -127,20 +125,18 @@ def fixed(config: SparseKConfig, context_length: int, device: str = "cpu") -> Sp
     )
 
 
-def by_share(config: SparseKConfig, context_length: int) -> bool:
+def by_share(config: SparseKConfig) -> bool:
     """Whether how many keys a row keeps depends on the scores, in some layer. Of a configuration as it is on
     its device."""
     budgets = config.top_k if isinstance(config.top_k, tuple) else (config.top_k,)
-    return config.min_share > 0 or ("auto" in budgets and _auto(config, context_length)[1] > 0)
+    return config.min_share > 0 or ("auto" in budgets and config.select == "tile")
 
 
 def _auto(config: SparseKConfig, context_length: int) -> tuple[int, float]:
     """The most keys that "auto" keeps, and the share that they must have."""
-    if config.min_share:
-        return NO_LIMIT, config.min_share
-    if config.select != "tile":
-        return auto_top_k(context_length), 0.0
-    return (_AUTO_LIST, 0.0) if context_length <= _AUTO_LIST_TOKENS else (NO_LIMIT, AUTO_SHARE)
+    if by_share(config):
+        return NO_LIMIT, config.min_share or AUTO_SHARE
+    return auto_top_k(context_length), 0.0
 
 
 def auto_top_k(context_length: int) -> int:

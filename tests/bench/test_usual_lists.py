@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from sparsek import SparseKConfig, policy
+from sparsek import SparseKConfig
 from sparsek.bench.kept import mean_kept
 from sparsek.bench.planted import usual_kept
 from sparsek.bench.usual_lists import with_usual_lists
@@ -37,10 +37,7 @@ def random_model(tmp_path: Path) -> Engine:
     return open_engine("transformers", str(tmp_path), random_weights=True)
 
 
-def test_rows_of_random_weights_keep_as_many_as_is_usual(
-    random_model: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(policy, "_AUTO_LIST_TOKENS", 0)
+def test_rows_of_random_weights_keep_as_many_as_is_usual(random_model: Engine) -> None:
     tokens = random_model.encode("The quick brown fox jumps over the lazy dog. " * 24)[:1024]
     config = with_usual_lists(AUTO, random_model, tokens, [0, 1, 2])
     assert config is not None

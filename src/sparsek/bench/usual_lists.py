@@ -32,7 +32,7 @@ def with_usual_lists(
     if config is None or config.top_k != "auto" or config.min_share or not (layers and tokens):
         return config
     shaped = on_device(replace(config, min_context=0, dense_layers=()), engine.device)
-    if not by_share(shaped, len(tokens)):
+    if not by_share(shaped):
         return config
     kept, rows = [0.0] * len(_SHARES), 0
 

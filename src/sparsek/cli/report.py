@@ -170,7 +170,7 @@ def command(
         attention = capture(engine, sentence, small, layer=layer, head=head)
         advance()
     kept, longest = None, engine.context_length
-    if by_share(configs[0], longest):
+    if by_share(configs[0]):
         tokens = take_tokens(engine, words, context)
         longest = context
         with progress("kept keys", context) as advance:

@@ -350,7 +350,7 @@ class Tuner:
         window = self.windows.window(0)
         rows, followers = self._dense_rows(window), torch.tensor(window[1:])[::_EVERY]
         found, start = [], 0
-        shares = by_share(on_device(config, self.engine.device), len(window))
+        shares = by_share(on_device(config, self.engine.device))
         observer = KeptObserver() if shares else None
         for dense, chunk in zip(rows, self._logits(window, config, observer), strict=True):
             count = min(len(chunk), len(followers) - start)
