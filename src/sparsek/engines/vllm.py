@@ -82,9 +82,10 @@ class VllmEngine:
         self.head_size = int(config.get_head_size())
         self.num_parameters = sum(p.numel() for p in self._runner.model.parameters())
         contexts = self._llm.llm_engine.vllm_config.compilation_config.static_forward_context
-        own = [layer for layer in contexts.values() if _is_sparse(getattr(layer, "impl", None))]
-        self._layers: list[integration.SparseLayer] = [layer.impl for layer in own]
-        numbers = map(integration.number_of, own)
+        impls = [(getattr(layer, "impl", None), integration.number_of(layer)) for layer in contexts.values()]
+        own = [(impl, number) for impl, number in impls if isinstance(impl, integration.SparseLayer)]
+        self._layers = [impl for impl, _ in own]
+        numbers = [number for impl, number in own if impl.why_not is None]
         self.sparse_layers = sorted(number for number in numbers if number is not None)
         self.dense = self._layers[0].host_name() if self._layers else "vllm"
         self._requests = 0
@@ -215,6 +216,7 @@ class VllmEngine:
         engine = self._llm.llm_engine
         if config is not None:
             config.check_layers(self.num_layers)
+            self._check_attends()
         params = vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=ignore_end, detokenize=False)
         if engine.has_unfinished_requests():
             raise RuntimeError(
@@ -231,11 +233,21 @@ class VllmEngine:
             while open_requests:
                 with self._attending(config):
                     outputs = engine.step()
+                if config is not None:
+                    self._check_attends()  # a layer sees its cache at its first prompt
                 open_requests -= {out.request_id for out in outputs if out.finished}
                 yield {numbers[out.request_id]: list(out.outputs[0].token_ids) for out in outputs}
         finally:
             if open_requests:
                 engine.abort_request(list(open_requests), internal=False)
+
+    def _check_attends(self) -> None:
+        """Raises ValueError where vLLM keeps the attention of all layers: all would be dense."""
+        reasons = [layer.why_not for layer in self._layers]
+        if reasons and None not in reasons:
+            raise ValueError(
+                f"Sparse-K leaves all attention of {self.model} to vLLM {self.version}: {reasons[0]}"
+            )
 
     @contextlib.contextmanager
     def _attending(self, config: SparseKConfig | None) -> Iterator[None]:
@@ -246,7 +258,3 @@ class VllmEngine:
         finally:
             for layer in self._layers:
                 layer.sparsek = None
-
-
-def _is_sparse(impl: Any) -> bool:
-    return isinstance(impl, integration.SparseLayer) and impl.why_not is None
