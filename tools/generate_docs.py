@@ -227,10 +227,11 @@ def gpu() -> str:
     first, machine = records[0], records[0]["environment"]
     timing = " and ".join(TIMINGS[name] for name in sorted({r["timing"] for r in records}, reverse=True))
     return (
-        "On a GPU, the attention call on random inputs beside the faster of PyTorch's cuDNN and flash "
-        "attention; a ratio over 1 says that ours is faster. *all*: attention is dense, for that is faster. "
-        "The ratio to FlexAttention is to its time over as many keys in random blocks of 128, which nobody "
-        "had to choose; under 1, for choosing is most of the work.\n\n"
+        "The attention call beside the faster of PyTorch's cuDNN and flash attention 2 or, where the record "
+        "says so, flash attention 3, on q and k of which rows keep as many keys as in real models. A ratio "
+        "over 1 says that ours is faster. *all*: attention is dense, for that is faster. The ratio to "
+        "FlexAttention, where it was measured, is to its time over as many keys in random blocks of 128, "
+        "which nobody had to choose; under 1, for choosing is most of the work.\n\n"
         f"{markdown_table(['tokens', *titles, 'ratio to FlexAttention', *ends], prompts)}\n\n"
         'One query over keys that have been indexed, as in a step of generation, with `select="tile"`; '
         '"auto" takes dense attention for fewer keys, see below. Host: what a new token and '
