@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 CPP := $(shell find cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo test test-avx2 test-docs test-gpu test-vllm test-vllm-gpu test-architectures test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu bench-gpu-model bench-vllm bench-vllm-gpu study docs clean
+.PHONY: help setup demo test test-avx2 test-docs test-gpu test-vllm test-vllm-gpu test-lm-eval test-architectures test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu bench-gpu-model bench-vllm bench-vllm-gpu study docs findings clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -92,6 +92,22 @@ $(VLLM)/.ready: pyproject.toml tests/hosts/vllm/constraints.txt $(CPP) | $(VLLM)
 
 $(VLLM)/bin/pip:
 	$(PYTHON) -m venv $(VLLM)
+
+# lm-evaluation-harness: all that is in .venv, and what it wants beside that in a folder of its own.
+LM_EVAL := build/lm-eval
+test-lm-eval: $(LM_EVAL)/.ready ## Sparse-K in lm-evaluation-harness, by `sparsek exec` (three minutes)
+	$(LM_EVAL)/bin/python -m pytest tests/hosts/lm_eval
+
+$(LM_EVAL)/.ready: $(READY) tests/hosts/lm_eval/constraints.txt
+	$(BIN)/python -m venv --clear $(LM_EVAL)
+	site() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+	  echo "import site; site.addsitedir('$$(site $(BIN)/python)')" > "$$(site $(LM_EVAL)/bin/python)/dev.pth"
+	$(LM_EVAL)/bin/python -m pip --disable-pip-version-check install \
+	  -c constraints.txt -c tests/hosts/lm_eval/constraints.txt lm_eval
+	@touch $@
+
+findings: ## surprises about other software, each installed anew and shown (five minutes; no part of the tests)
+	@for script in findings/*.sh; do echo "== $$script"; bash $$script || exit 1; done
 
 lint: $(READY) ## format, style, types, layers, C++ warnings
 	$(BIN)/ruff check
