@@ -392,6 +392,9 @@ SPARSEK_EXPORT const char* sparsek_configure(const char* json) {
     }
 }
 
+// The contexts that were made so far do not ask who attends: the program has said that flash attention is on.
+SPARSEK_EXPORT void sparsek_decided() { sparsek::ggml::state().contexts.decided(); }
+
 // Calls the observer after every operation; null ends it.
 SPARSEK_EXPORT void sparsek_observe(sparsek::ggml::Observer observer) {
     sparsek::ggml::state().observer = observer;

@@ -62,6 +62,11 @@ void Contexts::asks() {
     count();
 }
 
+void Contexts::decided() {
+    const std::lock_guard lock(mutex_);
+    for (Fresh& context : fresh_) context.answered = true;
+}
+
 Contexts::Asked Contexts::asks_attention(int64_t queries) {
     if (count_ == 0) return Asked::work;
     const std::lock_guard lock(mutex_);

@@ -43,6 +43,8 @@ class Contexts {
 
     // The host asks about an operation, of any kind.
     void asks();
+    // The host has decided on flash attention in all contexts that are made: it asks no question in them.
+    void decided();
     // It asks about attention of so many queries, of all sequences.
     Asked asks_attention(int64_t queries);
     void plan(int64_t layer, const Plan& plan);

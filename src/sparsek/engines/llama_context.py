@@ -47,6 +47,7 @@ class Context:
         self._value = self._lib.llama_init_from_model(model.value, params)
         if not self._value:
             raise ValueError(f"llama.cpp cannot make a context of {tokens} tokens: {integration.cause()}")
+        integration.flash_attention_is_decided()  # it is among the parameters
 
     def use(self, config: SparseKConfig | None) -> None:
         """From now on. A prompt comes in batches, but its "auto" is that of the whole."""

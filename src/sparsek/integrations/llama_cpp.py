@@ -103,6 +103,13 @@ def configure(config: SparseKConfig | None) -> None:
         raise ValueError(problem.decode())
 
 
+def flash_attention_is_decided() -> None:
+    """The contexts that were made so far were made with flash attention on or off. With "auto", which the
+    backend takes for granted else, a context's first graph of up to 256 tokens is left to the host, for it
+    may be llama.cpp's question who attends."""
+    _library().sparsek_decided()
+
+
 @cache
 def _json(config: SparseKConfig | None) -> bytes:
     return b'{"top_k": 0}' if config is None else config.to_json().encode()
