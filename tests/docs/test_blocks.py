@@ -48,7 +48,7 @@ def run(block: Block, folder: Path, programs: Path, **environment: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=4 * HANGS,
+        timeout=8 * HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]
