@@ -106,7 +106,7 @@ $(LM_EVAL)/.ready: $(READY) tests/hosts/lm_eval/constraints.txt
 	  -c constraints.txt -c tests/hosts/lm_eval/constraints.txt lm_eval
 	@touch $@
 
-findings: ## surprises about other software, each installed anew and shown (five minutes; no part of the tests)
+findings: ## surprises about other software, each installed anew and shown (six minutes; no part of the tests)
 	@for script in findings/*.sh; do echo "== $$script"; bash $$script || exit 1; done
 
 lint: $(READY) ## format, style, types, layers, C++ warnings
