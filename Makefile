@@ -34,7 +34,7 @@ test-avx2: $(READY) ## what depends on the instruction set, with AVX2
 	SPARSEK_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest $(AVX2)
 
 test-docs: $(READY) ## the long code blocks of README and docs, and its installs in clean environments (ten minutes)
-	$(BIN)/pytest tests/docs --docs
+	$(BIN)/pytest tests/docs --docs -m docs  # the quick ones are in `make test`
 
 test-gpu: $(READY) ## the GPU kernels and their timing on the card; elsewhere in Triton's interpreter
 	$(BIN)/pytest tests/kernels/test_triton_*.py tests/kernels/test_*_gpu.py tests/kernels/test_break_even.py tests/bench \

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,12 +49,11 @@ def main() -> int:
 
 def summary() -> str:
     """What it gains and costs, one row an engine: the shortest, a middle and the longest prompt measured."""
-    same_k = ("auto", auto_top_k(4096))
-    (cpu_cost,) = [r for r in _records("quality.jsonl") if r["top_k"] in same_k and r["config"]["window"]]
+    default = [r for r in _records("quality.jsonl") if r["config"]["window"]]
+    (cpu_cost,) = [r for r in default if r["top_k"] in ("auto", auto_top_k(r["context"]))]
     gpu_cost = max(_records("quality-gpu.jsonl"), key=lambda r: r["context"])
     (vllm_cost,) = [r for r in _records("quality-vllm-gpu.jsonl") if r["config"]]
-    llama = _records("speed-llama.jsonl")
-    with_flash = llama[: len(llama) // 2]  # the other half is beside flash attention off
+    with_flash = [r for dense, r in _llama_records() if dense == "flash attention on"]
     engines = [
         ("llama.cpp", with_flash, cpu_cost),
         ("Transformers", _records("speed-gpu.jsonl"), gpu_cost),
@@ -65,7 +64,9 @@ def summary() -> str:
         ours = [r for r in records if r["n_prompt"] and r["config"] and r.get("n_devices", 1) == 1]
         ours.sort(key=lambda r: r["n_prompt"])
         first = ours[0]
-        machine = first["environment"].get("gpu") or f"2 threads, {first['environment']['cpu']}"
+        machine = (
+            first["environment"].get("gpu") or f"{first['n_threads']} threads, {first['environment']['cpu']}"
+        )
         gains = [f"{r['n_prompt']}: {r['speedup']:.2f}" for r in (first, ours[len(ours) // 2], ours[-1])]
         cost_cells = [f"{cost['ppl_ratio']:.3f}", f"{cost['kl_mean']:.3f}"]
         rows.append([f"{name}, {machine}", *gains, *cost_cells])
@@ -104,9 +105,7 @@ def quality() -> str:
 def llama() -> str:
     """What K gains in llama.cpp, beside each of its two dense attentions: one row a test."""
     rows: dict[str, dict[str, dict[str, Any]]] = {}
-    dense = ""
-    for r in _records("speed-llama.jsonl"):  # a sparse record follows the dense one of its test and run
-        dense = r["backend"] if r["top_k"] == 0 else dense
+    for dense, r in _llama_records():
         rows.setdefault(_test(r), {})[dense if r["top_k"] == 0 else f"beside {dense}"] = r
     cells = []
     for name, found in rows.items():
@@ -124,6 +123,15 @@ def llama() -> str:
         "`min_context`, by a kernel of ours for prompts and by llama.cpp's for generation. "
         f"{_window(r for found in rows.values() for r in found.values())}"
     )
+
+
+def _llama_records() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each record with the dense attention that it is or is beside: a sparse one follows the dense one of its
+    test and run."""
+    dense = ""
+    for r in _records("speed-llama.jsonl"):
+        dense = r["backend"] if r["top_k"] == 0 else dense
+        yield dense, r
 
 
 def _beside(dense: dict[str, Any], ours: dict[str, Any]) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from ..config import KEEP_ALL, TopK
-from .options import Budgets, make_configs, rule_options
+from ..config import KEEP_ALL
+from ..extras import how_to_install
+from .options import Budget, Budgets, make_configs, rule_options
 
 
 @click.command("exec", context_settings={"allow_interspersed_args": False})
@@ -20,13 +21,13 @@ from .options import Budgets, make_configs, rule_options
     "--top-k",
     type=Budgets(),
     metavar="K",
-    help='Keys kept per query: a number, "auto", or 0 for dense.',
+    help='Keys kept per query: a number, "auto", a share of the softmax like 0.002, or 0 for dense.',
 )
 @rule_options
 @click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
-    is_module: bool, top_k: list[TopK] | None, program: str, arguments: tuple[str, ...], **rule: Any
+    is_module: bool, top_k: list[Budget] | None, program: str, arguments: tuple[str, ...], **rule: Any
 ) -> None:
     """Run a Python program in which attn_implementation="sparsek" is known to Transformers.
 
@@ -45,7 +46,7 @@ def command(
     (config,) = make_configs(top_k, None, **rule)
     given = top_k is not None or any(value is not None and value is not False for value in rule.values())
     if find_spec("transformers") is None:
-        raise ImportError("exec is for programs with Transformers: pip install 'sparsek[transformers]'")
+        raise ImportError(f"exec is for programs with Transformers: {how_to_install('transformers')}")
     text = (config or KEEP_ALL).to_json() if given else ""
     # A Python of its own, so that the program finds signals, streams and logging as Python has them.
     launch = [sys.executable, "-m", "sparsek.integrations.launch", text]
