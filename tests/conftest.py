@@ -1,5 +1,6 @@
 """What must hold before any test: Triton's kernels run in the interpreter where there is no GPU, which Triton
-decides when it is imported; and Ctrl-C reaches the processes that tests start."""
+decides when it is imported, and the interpreter counts as a GPU does; and Ctrl-C reaches the processes that
+tests start."""
 
 from __future__ import annotations
 
@@ -17,6 +18,14 @@ if find_spec("torch") is not None:
 
 # A shell's background jobs ignore SIGINT, and so would all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _mended_interpreter() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+        from . import triton_interpreter
+
+        triton_interpreter.mend()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -19,8 +19,7 @@ pytest.importorskip("triton")
 ON_CARD = torch.cuda.is_available()
 
 DEVICE = "cuda" if ON_CARD else "cpu"
-# The interpreter multiplies the bits of bfloat16 numbers instead of the numbers.
-DTYPES = [torch.float16, torch.bfloat16] if ON_CARD else [torch.float16]
+DTYPES = [torch.float16, torch.bfloat16]
 ERROR = {torch.float16: 1e-3, torch.bfloat16: 6e-3}  # of the whole output, relative: about 2x PyTorch's own
 TILES = SparseKConfig(select="tile", top_k=16, min_context=0, dense_layers=())
 SHARES = replace(TILES, top_k="auto", min_share=0.02)
