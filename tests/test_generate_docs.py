@@ -63,6 +63,7 @@ def test_records_of_a_gpu_are_two_tables(tool: ModuleType, tmp_path: Path) -> No
     (tmp_path / "attention-gpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     quality = {
         "model": "M",
+        "text": "T",
         "device": "cuda",
         "config": SparseKConfig().to_dict(),
         "context": 8192,
@@ -77,7 +78,7 @@ def test_records_of_a_gpu_are_two_tables(tool: ModuleType, tmp_path: Path) -> No
         ["8192", "384", "1.25 cudnn", *ours, "1.75", "1.2e-02", "1.50"],
         ["1024", "all", "1.25 flash", *ours, "-", "1.2e-02", "1.50"],
     ]
-    assert rows[9] == ["M", "8192", "384", "463", "1.0010 ± 0.0020", "0.0090 ± 0.0010", "0.960"]
+    assert rows[9] == ["M", "T", "8192", "384", "463", "1.0010 ± 0.0020", "0.0090 ± 0.0010", "0.960"]
     assert rows[6:7] == [
         ["8192", "8", "384", "0.0500 flash", "0.0125", "4.00 (2.40-2.60)", "400 µs", "1.2e-02", "1.50"],
     ]

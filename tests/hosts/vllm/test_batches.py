@@ -177,7 +177,8 @@ def test_layers_of_a_draft_are_the_host_s(tmp_path: Path, monkeypatch: pytest.Mo
     draft = {"method": "draft_model", "model": str(small), "num_speculative_tokens": 2}
     draft["attention_backend"] = "CUSTOM"
     settings = {**ALWAYS, "top_k": [32, 64]}
-    with serving(tmp_path, LLAMA, settings, speculative_config=draft) as llm, compared(monkeypatch) as seen:
+    options = {"speculative_config": draft, "max_num_seqs": 16}  # of more, drafts alone would fill a batch
+    with serving(tmp_path, LLAMA, settings, **options) as llm, compared(monkeypatch) as seen:
         why = {name: layer.impl.why_not for name, layer in layers_of(llm).items()}
         run(llm, [300, 1500])
     assert sorted(why.values(), key=str) == [None, None, "it is of a draft model"]
@@ -210,6 +211,7 @@ def test_what_is_not_taken_is_the_host_s(
 # Last: after it vLLM 0.32 starts no other model in the process, for it stumbles over a module of Numba's.
 def test_steps_of_several_drafts_are_the_host_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
-    with serving(tmp_path, LLAMA, ALWAYS, speculative_config=drafts) as llm, compared(monkeypatch) as seen:
+    options = {"speculative_config": drafts, "max_num_seqs": 16}
+    with serving(tmp_path, LLAMA, ALWAYS, **options) as llm, compared(monkeypatch) as seen:
         run(llm, [300, 1500])
     assert seen.prompts > 3

@@ -46,7 +46,7 @@ def test_no_kernel_is_compiled_after_the_start(tmp_path: Path, settings: dict[st
 
 
 def longest_prompts(folder: Path) -> None:
-    options = {"max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.95}
+    options = {"max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.95, "kv_cache_memory_bytes": None}
     with serving(folder, SHAPE, ALWAYS, **options) as llm:
         torch.cuda.reset_peak_memory_stats()
         run(llm, [40000, 40000, 40000])
