@@ -21,6 +21,7 @@
 #include "contexts.h"
 #include "export.h"
 #include "host.h"
+#include "masks.h"
 #include "operation.h"
 #include "report.h"
 #include "settings.h"
@@ -82,7 +83,8 @@ struct Stream {
     int threads = 1;
     Isa isa = Isa::portable;
     std::unordered_map<const void*, ValueMeans> means;  // by where the values lie: one for each layer
-    std::vector<float> room;                            // for what is unpacked
+    Masks masks;
+    std::vector<float> room;  // for what is unpacked
 };
 
 // ---- Computing
@@ -114,32 +116,40 @@ bool compute_by_host(const Tensor* op) {
     return good;
 }
 
-Status compute_here(const Tensor* op, const Operation& operation, const Options& options, Stream& stream) {
+// Nobody interrupts it, and its mask was looked at before.
+void compute_here(const Tensor* op, const Operation& operation, const Options& options, Stream& stream) {
     if (!is_packed(op)) {
-        ValueMeans* means = &stream.means[op->src[2]->data];
-        return attention(operation.problem, options, operation.out, nullptr, means);
+        attention(operation.problem, options, operation.out, nullptr, &stream.means[op->src[2]->data]);
+        return;
     }
     const Problem& p = operation.problem;
     for (int64_t i = 0; i < p.batch * p.kv_heads; ++i) {
         const Operation head =
             unpacked(*state().host, op, operation, i / p.kv_heads, i % p.kv_heads, stream.room);
-        const Status status = attention(head.problem, options, head.out, nullptr, nullptr);
-        if (status != Status::done) return status;
+        attention(head.problem, options, head.out, nullptr, nullptr);
     }
-    return Status::done;
 }
 
 bool compute(const Tensor* op, const Settings& settings, Stream& stream) {
-    const Operation operation = operation_of(op, settings);
+    Operation operation = operation_of(op);
+    Problem& p = operation.problem;
     Counters& counters = is_step(op) ? state().steps : state().prompts;
     Options options = {stream.threads, stream.isa};
     if (state().host->gomp_parallel != nullptr) options.parallel = parallel;
-    if (compute_here(op, operation, options, stream) == Status::bad_mask) {
-        ++counters.by_host;
-        return compute_by_host(op);
+    int64_t seen = p.num_keys;
+    if (p.mask.data != nullptr) {
+        const PackedMask* mask = stream.masks.of(op, p, options);
+        if (mask == nullptr) {
+            ++counters.by_host;
+            return compute_by_host(op);
+        }
+        p.mask = mask->mask();
+        seen = mask->most_allowed();
     }
-    const Rule& rule = operation.problem.rule;
-    ++(rule.keeps_all(operation.problem.num_keys) ? counters.dense : counters.sparse);
+    p.rule = settings.rule(layer_of(op), p.num_keys, seen);
+    compute_here(op, operation, options, stream);
+    const Rule& rule = p.rule;
+    ++(rule.keeps_all(p.num_keys) ? counters.dense : counters.sparse);
     if (const Observer observer = state().observer) {
         const int64_t fields[] = {rule.top_k, rule.sinks, rule.window, rule.stride, rule.centroid_tail};
         observer(op, layer_of(op), fields, rule.min_share);
@@ -292,7 +302,7 @@ std::string why_left(const Tensor* op) {
     const std::string beyond = obstacle(*s.host, op), slower = drawback(op, settings);
     const std::string why = !beyond.empty() ? beyond : settings.off() ? "top_k = 0" : slower;
     const int64_t layer = layer_of(op);
-    s.contexts.plan(layer, {op->src[1]->size[1], beyond, slower});
+    s.contexts.plan(layer, {op->src[1]->size[1], beyond, slower, op->src[3]});
     switch (s.contexts.asks_attention(op->src[0]->size[1] * op->src[0]->size[3])) {
         case Contexts::Asked::who_attends: return "it may be a question";
         case Contexts::Asked::whether_we_do: return beyond;
@@ -320,7 +330,9 @@ Device* device_at(Registry*, size_t) { return &state().device; }
 // Comes before every graph, also before those of which we compute nothing.
 void set_threads(Backend* backend, int threads) {
     begin(backend, true);
-    static_cast<Stream*>(backend->context)->threads = threads < 1 ? 1 : threads;
+    auto* stream = static_cast<Stream*>(backend->context);
+    stream->threads = threads < 1 ? 1 : threads;
+    stream->masks.begin();
 }
 
 void* procedure(Registry*, const char* name) {

@@ -20,9 +20,10 @@ namespace sparsek::ggml {
 
 // A layer's attention, as the host announced it.
 struct Plan {
-    int64_t cells = 0;       // of its cache
-    std::string left;        // why all of it stays with the host; empty: it does not
-    std::string left_steps;  // why steps of generation stay with the host
+    int64_t cells = 0;           // of its cache
+    std::string left;            // why all of it stays with the host; empty: it does not
+    std::string left_steps;      // why steps of generation stay with the host
+    const void* mask = nullptr;  // whose: layers with a sliding window have one of their own
 };
 using Plans = std::map<int64_t, Plan>;  // by the number of the layer
 

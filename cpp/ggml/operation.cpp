@@ -86,7 +86,7 @@ int64_t layer_of(const Tensor* op) {
 
 bool is_packed(const Tensor* op) { return op->src[1]->type == kQ8; }
 
-Operation operation_of(const Tensor* op, const Settings& settings) {
+Operation operation_of(const Tensor* op) {
     const Tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
     Problem p;
     p.batch = q->size[3];
@@ -116,7 +116,6 @@ Operation operation_of(const Tensor* op, const Settings& settings) {
     p.first_position = p.num_keys;
     p.scale = parameter(op, kScale);
     p.softcap = parameter(op, kSoftcap);
-    p.rule = settings.rule(layer_of(op), p.num_keys);
     return {p, {op->data, stride(op, 3), stride(op, 1), stride(op, 2)}};
 }
 
@@ -146,7 +145,7 @@ Operation unpacked(const Host& host, const Tensor* op, const Operation& whole, i
     one.out.data =
         static_cast<float*>(one.out.data) + sequence * one.out.batch_stride + first * one.out.head_stride;
     if (p.mask.data != nullptr) {
-        p.mask.data = static_cast<const uint16_t*>(p.mask.data) + sequence * p.mask.batch_stride +
+        p.mask.data = static_cast<const uint64_t*>(p.mask.data) + sequence * p.mask.batch_stride +
                       first * p.mask.head_stride;
     }
     return one;

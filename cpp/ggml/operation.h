@@ -24,15 +24,16 @@ std::string drawback(const Tensor* op, const Settings& settings);
 // The number of the layer, from the name of its part of the KV cache; -1 where that has none.
 int64_t layer_of(const Tensor* op);
 
-// The operation's problem under the settings, and where its output goes.
+// The operation as a problem, and where its output goes. Its rule is not set.
 struct Operation {
     Problem problem;
     Output out;
 };
-Operation operation_of(const Tensor* op, const Settings& settings);
+Operation operation_of(const Tensor* op);
 
 // Whether keys and values are in Q8_0, which the core does not read: `operation_of` leaves them out then, and
-// each key/value head is an operation of its own, whose keys and values are unpacked to `room`.
+// each key/value head is an operation of its own, whose keys and values are unpacked to `room`. The mask of
+// the whole is in bits.
 bool is_packed(const Tensor* op);
 Operation unpacked(const Host& host, const Tensor* op, const Operation& whole, int64_t sequence,
                    int64_t kv_head, std::vector<float>& room);

@@ -47,11 +47,13 @@ std::string in_use(const Plans& plans, const Settings& settings) {
     if (plans.empty())
         return "Sparse-K is not in use here: the model's graph has no flash attention (-fa on, or auto)";
     std::set<int64_t> sparse;
+    std::set<const void*> kinds;  // of layers
     Reasons others, steps;
     for (const auto& [layer, plan] : plans) {
         const std::string reason = plan.left.empty() ? settings.why_dense(layer, plan.cells) : plan.left;
         if (reason.empty()) {
             sparse.insert(layer);
+            kinds.insert(plan.mask);
             if (!plan.left_steps.empty()) steps[plan.left_steps].insert(layer);
         } else {
             others[reason].insert(layer);
@@ -59,6 +61,8 @@ std::string in_use(const Plans& plans, const Settings& settings) {
     }
     if (sparse.empty()) return "Sparse-K is not in use here: " + with_reasons(others);
     std::string line = "Sparse-K is in use in layers " + numbers(sparse) + ": " + settings.words();
+    if (kinds.size() > 1 && settings.min_context > 0)
+        line += " (layers whose sliding window is shorter keep all)";
     if (!others.empty()) line += "; not in " + with_reasons(others);
     if (!steps.empty()) line += "; for prompts alone in " + with_reasons(steps);
     return line;

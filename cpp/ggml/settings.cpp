@@ -213,10 +213,10 @@ void refuse_unknown(const std::vector<std::string>& known) {
 
 }  // namespace
 
-Rule Settings::rule(int64_t layer, int64_t num_keys) const {
-    if (!why_dense(layer, num_keys).empty()) return {num_keys, sinks, window, stride, centroid_tail, 0.0f};
+Rule Settings::rule(int64_t layer, int64_t num_keys, int64_t seen) const {
+    if (!why_dense(layer, seen).empty()) return {num_keys, sinks, window, stride, centroid_tail, 0.0f};
     const int64_t last = min_share > 0.0f ? 1 : 0;  // no key may have the share
-    return {std::min(best(layer, num_keys), num_keys),
+    return {std::min(best(layer, seen), num_keys),
             sinks,
             std::max(window, last),
             stride,
@@ -224,26 +224,26 @@ Rule Settings::rule(int64_t layer, int64_t num_keys) const {
             min_share};
 }
 
-std::string Settings::why_dense(int64_t layer, int64_t num_keys) const {
+std::string Settings::why_dense(int64_t layer, int64_t seen) const {
     if (off()) return "top_k = 0";
     if (std::find(dense_layers.begin(), dense_layers.end(), layer) != dense_layers.end())
         return "dense_layers";
-    if (num_keys < min_context)
-        return std::to_string(num_keys) + " tokens, min_context = " + std::to_string(min_context);
-    const int64_t k = best(layer, num_keys);
-    if (k >= num_keys && min_share == 0.0f) return "top_k keeps all";
+    if (seen < min_context)
+        return std::to_string(seen) + " tokens, min_context = " + std::to_string(min_context);
+    const int64_t k = best(layer, seen);
+    if (k >= seen && min_share == 0.0f) return "top_k keeps all";
     return k + sinks + window + stride == 0 ? "top_k = 0" : "";
 }
 
 // top_k of a layer.
-int64_t Settings::best(int64_t layer, int64_t num_keys) const {
+int64_t Settings::best(int64_t layer, int64_t seen) const {
     const auto of_layer = static_cast<size_t>(layer);
     const int64_t k = top_k.size() == 1 || layer < 0 ? top_k[0]
                       : of_layer < top_k.size()      ? top_k[of_layer]
-                                                     : num_keys;
+                                                     : seen;
     if (k != kAuto) return k;
-    if (min_share > 0.0f) return num_keys;
-    const auto steps = static_cast<int64_t>(std::nearbyint(std::sqrt(static_cast<double>(num_keys)) / 16));
+    if (min_share > 0.0f) return seen;
+    const auto steps = static_cast<int64_t>(std::nearbyint(std::sqrt(static_cast<double>(seen)) / 16));
     return std::max<int64_t>(32, 16 * steps);
 }
 

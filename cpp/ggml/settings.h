@@ -24,15 +24,16 @@ struct Settings {
 
     // Nothing is to be done: attention stays with the host.
     bool off() const { return top_k.size() == 1 && top_k[0] == 0; }
-    // What a row keeps of `num_keys` keys in a layer; layer -1: unknown.
-    Rule rule(int64_t layer, int64_t num_keys) const;
-    // Why a layer keeps all of so many keys; empty: it does not.
-    std::string why_dense(int64_t layer, int64_t num_keys) const;
+    // What a row keeps of `num_keys` keys in a layer where no row sees more than `seen` of them; layer -1:
+    // unknown.
+    Rule rule(int64_t layer, int64_t num_keys, int64_t seen) const;
+    // Why a layer keeps all where no row sees more than so many keys; empty: it does not.
+    std::string why_dense(int64_t layer, int64_t seen) const;
     // In one line.
     std::string words() const;
 
    private:
-    int64_t best(int64_t layer, int64_t num_keys) const;
+    int64_t best(int64_t layer, int64_t seen) const;
 };
 
 // From an object of fields like {"top_k": 64, "tail": "none"}. Throws std::invalid_argument, which names the

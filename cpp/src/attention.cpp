@@ -3,7 +3,6 @@
 #include "sparsek/attention.h"
 
 #include <algorithm>
-#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -11,6 +10,7 @@
 #include "memory.h"
 #include "parallel.h"
 #include "sparsek/key_index.h"
+#include "sparsek/packed_mask.h"
 #include "sparsek/value_means.h"
 
 namespace sparsek {
@@ -157,42 +157,16 @@ bool few_rows(const Problem& p, const Options& options, ValueMeans* given, const
            });
 }
 
-// The mask in bits, made once for all heads that share it: [batch, heads, queries, blocks], each 1 where it
-// is the same for all.
-Status with_mask_in_bits(const Problem& given, const Options& options, Buffer<uint64_t>* memory, Problem* p) {
-    *p = given;
-    const Mask& m = given.mask;
-    if (m.data == nullptr || m.form == Mask::Form::bits) return Status::done;
-    const Kernel& kernel = kernel_for(options.isa);
-    const int64_t blocks = blocks_of(given.num_keys);
-    const int64_t batch = m.batch_stride ? given.batch : 1, heads = m.head_stride ? given.heads : 1;
-    const int64_t queries = m.query_stride ? given.num_queries : 1, rows = batch * heads * queries;
-    *memory = allocate<uint64_t>(rows * blocks);
-    std::atomic<bool> good{true};
-    constexpr int64_t kRowsPerTask = 16;
-    const Options limited = for_work(options, static_cast<double>(rows * given.num_keys));
-    const bool finished = run(limited, (rows + kRowsPerTask - 1) / kRowsPerTask, [&](int, int64_t task) {
-        for (int64_t r = task * kRowsPerTask; r < rows && r < (task + 1) * kRowsPerTask; ++r) {
-            const int64_t b = r / (heads * queries), h = r / queries % heads;
-            if (!kernel.pack_mask(given, b, h, r % queries, memory->get() + r * blocks)) good = false;
-        }
-    });
-    p->mask = Mask{memory->get(),
-                   Mask::Form::bits,
-                   batch > 1 ? heads * queries * blocks : 0,
-                   heads > 1 ? queries * blocks : 0,
-                   queries > 1 ? blocks : 0,
-                   0};
-    return !finished ? Status::interrupted : good ? Status::done : Status::bad_mask;
-}
-
 Status solve(const Problem& given, const Options& options, const Output& out, KeyIndex* index,
              ValueMeans* means, const SelectionOut* selection) {
     if (given.batch == 0 || given.heads == 0 || given.num_queries == 0) return Status::done;
-    Buffer<uint64_t> memory;
-    Problem p;
-    const Status status = with_mask_in_bits(given, options, &memory, &p);
-    if (status != Status::done) return status;
+    Problem p = given;
+    PackedMask packed;
+    if (given.mask.data != nullptr && given.mask.form != Mask::Form::bits) {
+        const Status status = packed.pack(given, options);
+        if (status != Status::done) return status;
+        p.mask = packed.mask();
+    }
     const bool all = p.rule.keeps_all(p.num_keys) && selection == nullptr;
     const int64_t queries = std::max(p.num_queries, p.whole_queries);
     const bool few = index == nullptr && p.heads / p.kv_heads * queries <= kFewRows;

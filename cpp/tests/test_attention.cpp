@@ -9,6 +9,7 @@
 #include "check.h"
 #include "sparsek/attention.h"
 #include "sparsek/key_index.h"
+#include "sparsek/packed_mask.h"
 #include "sparsek/value_means.h"
 
 using namespace sparsek;
@@ -184,6 +185,29 @@ void mixed_formats_and_a_mask_of_halves() {
     }
 }
 
+// A mask in bits gives what the mask gives, and knows the row that may see most.
+void packed_masks_are_the_mask() {
+    for (const Isa isa : available_isas(detect())) {
+        const Inputs in(20);
+        Problem p = in.p;
+        p.is_causal = false;
+        std::vector<uint16_t> mask(kQueries * kKeys, 0xfc00);
+        for (int64_t i = 0; i < kQueries; ++i) {  // row i sees i % 130 + 1 keys
+            for (int64_t j = 0; j <= i % 130; ++j) mask[static_cast<size_t>(i * kKeys + 2 * j + i % 2)] = 0;
+        }
+        p.mask = {mask.data(), Mask::Form::halves, 0, 0, kKeys, 1};
+        const auto expected = solve(p, {2, isa});
+        PackedMask packed;
+        CHECK(packed.pack(p, {2, isa}) == Status::done);
+        CHECK(packed.most_allowed() == 130);
+        p.mask = packed.mask();
+        CHECK(solve(p, {2, isa}) == expected);
+        p.mask = {mask.data(), Mask::Form::halves, 0, 0, kKeys, 1};
+        mask[7] = 0x3c00;
+        CHECK(packed.pack(p, {2, isa}) == Status::bad_mask);
+    }
+}
+
 // One query after another over a cache that grows and is changed behind our back.
 void means_follow_the_cache() {
     for (const Isa isa : available_isas(detect())) {
@@ -220,5 +244,6 @@ int main() {
     interrupted_calls_end_early_and_leave_the_index_usable();
     reordered_index_follows_its_batch();
     mixed_formats_and_a_mask_of_halves();
+    packed_masks_are_the_mask();
     return failures;
 }

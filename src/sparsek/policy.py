@@ -58,7 +58,9 @@ def resolve(
 
     Args:
         layer: the layer's number, from 0; without it no layer counts as dense.
-        context: the most keys that a row can see, where that is less than `num_keys` (sliding windows).
+        context: how many keys the row sees that sees most, where that is less than `num_keys` (sliding
+            windows, caches with room left, several sequences beside each other). `min_context` and "auto" go
+            by it.
 
     Raises:
         TypeError: `layer` is no integer.
@@ -80,7 +82,8 @@ def resolve(
     top_k = NO_LIMIT if share and budget == NO_LIMIT else min(budget, num_keys)
     window = max(config.window, 1) if share else config.window  # no key may have the share
     rule = Rule(top_k, config.sinks, window, config.stride, config.tail, tile, min_share=share)
-    is_dense = context < config.min_context or layer in config.dense_layers
+    sees_no_more = budget >= context and not share
+    is_dense = context < config.min_context or layer in config.dense_layers or sees_no_more
     return rule.dense(num_keys) if is_dense else rule
 
 

@@ -21,7 +21,7 @@ from .key_index import KeyIndex
 from .key_ranges import key_ranges
 from .policy import Rule, on_gpu, resolve
 
-_FORBIDDEN: Final = -9000.0  # added to a score: no weight is left; -1e4 is -9984 in bfloat16
+FORBIDDEN: Final = -9000.0  # added to a score: no weight is left; -1e4 is -9984 in bfloat16
 _MAX_SOFTCAP: Final = 1e30  # a larger one is infinite in float32
 NO_VALUES: Final = object()  # only the selection is wanted; None would hide a forgotten v
 
@@ -258,7 +258,7 @@ def with_plain_mask(p: Problem) -> Problem:
         return p
     if arrays.is_torch(p.mask) and arrays.wants_gradient(p.mask):
         return p
-    allowed, low = p.mask == 0, p.mask <= _FORBIDDEN
+    allowed, low = p.mask == 0, p.mask <= FORBIDDEN
     if not bool((allowed | low).all()):
         return p
     lowered = low & (p.mask > -math.inf)

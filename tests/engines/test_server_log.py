@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 from sparsek.engines.server_log import Answer, ServerLog
 
@@ -25,7 +26,7 @@ LONG = """\
 1.0.0.7 I slot      release: id  0 | task 9 | stop processing: n_tokens = 600, truncated = 0"""
 
 
-def answers_of(lines: str, sparse: int, unsaid: int = 0) -> list[Answer]:
+def answers_of(lines: str, sparse: int, *, unsaid: int = 0, min_context: int = 512) -> list[Answer]:
     """`sparse`: the count of sparse operations when an answer ends."""
     found: list[Answer] = []
 
@@ -34,7 +35,7 @@ def answers_of(lines: str, sparse: int, unsaid: int = 0) -> list[Answer]:
         return "answer"
 
     said: list[str] = []
-    log = ServerLog(describe, said.append, min_context=512, unsaid=unsaid, sparse=lambda: sparse)
+    log = ServerLog(describe, said.append, min_context=min_context, unsaid=unsaid, sparse=lambda: sparse)
     for line in lines.splitlines():
         log.feed(line)
     assert said == ["answer"] * len(found)
@@ -42,10 +43,9 @@ def answers_of(lines: str, sparse: int, unsaid: int = 0) -> list[Answer]:
 
 
 def test_an_answer() -> None:
-    expected = Answer(
-        read=7, cached=277, written=5, read_seconds=0.8039, write_seconds=0.43197, tokens=288, sparse=True
-    )
-    assert answers_of(ALONE, 30) == [expected]  # 288 tokens lie in 512 cells, which is min_context
+    expected = Answer(read=7, cached=277, written=5, read_seconds=0.8039, write_seconds=0.43197, tokens=288)
+    assert answers_of(ALONE, 30) == [expected]  # 288 tokens lie in 512 cells, but are below min_context
+    assert answers_of(ALONE, 30, min_context=288) == [replace(expected, sparse=True)]
 
 
 def test_of_two_at_a_time_one_is_refused() -> None:

@@ -108,10 +108,10 @@ def prompt(queries: int, keys: int) -> tuple[Any, Any]:
 def test_on_a_gpu_it_is_the_size(caplog: pytest.LogCaptureFixture) -> None:
     config = SparseKConfig()
     for queries, keys in ((1, 4096), (256, 4096), (16384, 16384)):  # a step, a part, a long prompt
-        say_if_dense(config, *prompt(queries, keys), layer=1)
+        say_if_dense(config, *prompt(queries, keys), layer=1, seen=keys)
     assert caplog.messages == []
     for length in (4096, 1024):
-        say_if_dense(config, *prompt(length, length), layer=1)
+        say_if_dense(config, *prompt(length, length), layer=1, seen=length)
     assert caplog.messages == [
         "Sparse-K is on, but attention is dense to 4096 tokens on a GPU, for that is faster "
         '(select="tile" with min_context=0 uses K everywhere)'

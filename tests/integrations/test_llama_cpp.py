@@ -44,6 +44,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_new_graph": (c_void_p, [c_void_p]),
     "ggml_build_forward_expand": (None, [c_void_p, POINTER(Tensor)]),
     "ggml_backend_dev_by_name": (c_void_p, [c_char_p]),
+    "ggml_backend_dev_backend_reg": (c_void_p, [c_void_p]),
+    "ggml_backend_reg_get_proc_address": (c_void_p, [c_void_p, c_char_p]),
     "ggml_backend_dev_init": (c_void_p, [c_void_p, c_char_p]),
     "ggml_backend_dev_supports_op": (c_bool, [c_void_p, POINTER(Tensor)]),
     "ggml_backend_graph_compute": (c_int, [c_void_p, c_void_p]),
@@ -107,12 +109,17 @@ class Operation:
     def compute(self, device: str) -> np.ndarray[Any, Any]:
         """The output, [B, H, Tq, Dv]."""
         backend = self.host.ggml_backend_dev_init(self.host.ggml_backend_dev_by_name(device.encode()), None)
+        out = self.compute_in(backend)
+        self.host.ggml_backend_free(backend)
+        return out
+
+    def compute_in(self, backend: int) -> np.ndarray[Any, Any]:
+        """The same in a context of the host."""
         size = list(self.op.contents.size)
         count = int(np.prod(size))
         out = np.ctypeslib.as_array(ctypes.cast(self.op.contents.data, POINTER(c_float)), shape=(count,))
         out[:] = np.nan
         assert self.host.ggml_backend_graph_compute(backend, self.graph) == 0
-        self.host.ggml_backend_free(backend)
         return out.reshape(size[::-1]).transpose(0, 2, 1, 3).copy()
 
     def is_taken(self) -> bool:
@@ -265,6 +272,36 @@ def test_a_mask_that_adds_numbers_is_computed_by_the_host(host: ctypes.CDLL) -> 
     got = operation.compute("SPARSEK")
     assert integration.counts().by_host == before.by_host + 1
     assert np.array_equal(got, operation.compute("CPU"))
+
+
+@pytest.mark.parametrize("says", [False, True], ids=["numbers begin anew", "the host says it"])
+def test_a_mask_has_new_content_in_the_next_pass(host: ctypes.CDLL, says: bool) -> None:
+    """At the same place. Within a pass it is read once, for all layers."""
+    device = host.ggml_backend_dev_by_name(b"SPARSEK")
+    registry = host.ggml_backend_dev_backend_reg(device)
+    address = host.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
+    begin = ctypes.CFUNCTYPE(None, c_void_p, c_int)(address)
+    backend = host.ggml_backend_dev_init(device, None)
+    operation = Operation(host, Shape())
+    mask = operation.op.contents.src[3].contents
+    count = int(np.prod(list(mask.size)))
+    halves = np.ctypeslib.as_array(ctypes.cast(mask.data, POINTER(ctypes.c_uint16)), shape=(count,))
+    rng = np.random.default_rng(1)
+
+    def computed(layer: int) -> Any:
+        host.ggml_set_name(operation.op.contents.src[1], b"cache_k_l%d (view)" % layer)
+        return operation.compute_in(backend)
+
+    for first in (0, 3, 6):
+        if says:
+            begin(backend, 1)
+        number = first if says else 0
+        for layer in range(number, number + 3):
+            assert relative_error(computed(layer), dense(operation)) < 2e-4
+        operation.allowed &= rng.random(operation.allowed.shape) < 0.5
+        operation.allowed[..., 0] = True
+        halves[:] = np.where(operation.allowed, 0, 0xFC00).reshape(-1)
+    host.ggml_backend_free(backend)
 
 
 def dense(operation: Operation) -> Any:

@@ -228,6 +228,27 @@ def test_why_not_is_told(model: Path, parameters: dict[str, int], line: str) -> 
     assert our_lines(errors) == [f"sparsek: Sparse-K is not in use here: {line}"]
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_layers_with_a_sliding_window_are_told(tmp_path: Path, whole: bool) -> None:
+    """Before a mask was seen, a cache of their own tells of it, if they have one."""
+    file = tiny_gguf.gemma2(window=64).write(tmp_path / "sliding.gguf")
+    code = PLAIN.replace("None)", f"None, swa_full={whole}, n_ubatch=64)", 1)
+    code = code.replace("[504, 3575, 282, 4649, 314]", "[5, 3, 2, 4, 1]")
+    assert code.count("swa_full") == code.count("[5, 3, 2, 4, 1]") == 1
+    variables = {"SPARSEK_DENSE_LAYERS": "none", "SPARSEK_MIN_CONTEXT": "300", "SPARSEK_STATS": "1"}
+    _, errors = run(code + "context.extend([1] * 300)", backend_path(), file, **variables)
+    line, totals = our_lines(errors)
+    told = {
+        True: "in layers 0-1: top_k = auto, sinks = 4, window = 16, tail = centroid, min_context = 300 "
+        "(layers whose sliding window is shorter keep all)",
+        False: "in layers 1: top_k = auto, sinks = 4, window = 16, tail = centroid, min_context = 300; "
+        "not in layers 0 (256 tokens, min_context = 300)",
+    }
+    assert line == f"sparsek: Sparse-K is in use {told[whole]}"
+    # Of seven batches the first is so short that it may be a question, and the last two end after 300 tokens.
+    assert "prompts: 2 with Sparse-K, 10 dense, 0 given back" in totals
+
+
 def test_who_computed_what_is_told_at_the_end(model: Path) -> None:
     code = PLAIN + "context.extend(tokens[:1]); context.extend(tokens[:1])"
     variables = {"SPARSEK_DENSE_LAYERS": "none", "SPARSEK_STATS": "1"}

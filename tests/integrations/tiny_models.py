@@ -43,9 +43,10 @@ def llama() -> Any:
     return _made(LlamaForCausalLM, LlamaConfig(**_SHAPE))
 
 
-def gemma3() -> Any:
+def gemma3(window: int = WINDOW, context: int = 512) -> Any:
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    config = Gemma3TextConfig(**_SHAPE, sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=12)
+    shape = {**_SHAPE, "max_position_embeddings": context}
+    config = Gemma3TextConfig(**shape, sliding_window=window, layer_types=kinds, query_pre_attn_scalar=12)
     return _made(Gemma3ForCausalLM, config)
 
 

@@ -22,9 +22,10 @@ from .base import check_fits
 from .gguf_model import GgufModel, not_finite, shard_path
 from .llama_model import LlamaModel
 from .model_file import find_model, utf8_way_to
-from .server_log import CELLS, Answer, ServerLog, Tap, to_standard_error
+from .server_log import Answer, ServerLog, Tap, to_standard_error
 
 _logger = logging.getLogger(__name__)
+_CELLS: Final = 256  # llama.cpp's contexts come in whole ones of these
 _INFORMATION: Final = 3  # a level of llama.cpp's log
 # A prompt, that is more queries at once than the backend takes for generation; and for very short contexts.
 _SOME_WORDS, _A_WORD = "a b c d e f g h i j k l", "The"
@@ -43,12 +44,12 @@ class ServableModel:
     config: SparseKConfig | None
 
     def context(self, wanted: int | None) -> int:
-        """Tokens of one request: `wanted`, or a default; llama.cpp makes it a multiple of CELLS. Raises
+        """Tokens of one request: `wanted`, or a default; llama.cpp makes it a multiple of _CELLS. Raises
         ValueError when the model has fewer."""
         if wanted is None:
             wanted = min(self.context_length, _LONGEST_DEFAULT)
         check_fits(wanted, self.context_length)
-        return min(-(-wanted // CELLS) * CELLS, self.context_length)
+        return min(-(-wanted // _CELLS) * _CELLS, self.context_length)
 
 
 def read_model(model: str | None) -> ServableModel:

@@ -19,8 +19,6 @@ from typing import Any, Final
 
 from ..integrations import llama_cpp as integration
 
-CELLS: Final = 256  # llama.cpp's contexts, and the keys that it attends to, come in whole ones of these
-
 _LINE: Final = re.compile(r"[\d.]+ ([A-Z]) (.*)")  # when, level, message
 _OF_SLOT: Final = re.compile(r"slot +\S+: +id +(\d+) \| task +(-?\d+) \| +(.*)")
 _TIME: Final = re.compile(r"(prompt )?eval time = +([\d.]+) ms / +(\d+) tokens")
@@ -127,8 +125,7 @@ class ServerLog:
         found.cached = max(0, tokens - max(0, found.written - 1) - found.read) if at.is_timed else 0
         found.error = self._refused.pop(at.task, None)
         found.broken_off = found.error is None and not at.is_timed
-        keys = -(-tokens // CELLS) * CELLS
-        found.sparse = keys >= self._min_context and self._sparse() > 0
+        found.sparse = tokens >= self._min_context and self._sparse() > 0
         return found
 
 

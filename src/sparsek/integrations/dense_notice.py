@@ -13,28 +13,25 @@ log = logging.getLogger("sparsek.transformers")
 _said: Final[set[tuple[SparseKConfig, str]]] = set()
 
 
-def say_if_dense(
-    config: SparseKConfig, query: Any, key: Any, layer: int | None, window: int | None = None
-) -> None:
+def say_if_dense(config: SparseKConfig, query: Any, key: Any, layer: int | None, seen: int) -> None:
     """Each configuration says each of its reasons once in a process. Nothing is said of steps of generation,
     which are as their prompt was, and where it is the user who wants every key.
 
     Args:
         query: [B, H, Tq, D]. key: [B, Hkv, Tk, D].
-        window: the most keys that a row can see in this layer, and in every other of the model.
+        seen: how many keys the row sees that sees most, in this layer and in every other of the model.
     """
     batch, heads, num_queries, size = query.shape
     if num_queries == 1:
         return
-    num_keys = key.shape[2] if window is None else min(window, key.shape[2])
     on_gpu = query.is_cuda and config.select == "auto"  # see break_even.py
     everywhere = 'select="tile" with min_context=0' if on_gpu else "min_context=0"
     whole = num_queries == key.shape[2]  # of other prompts a part is in the cache
     if on_gpu and whole and prompt_is_dense(num_queries, num_queries, batch * heads * size):
-        if _drops(config, layer, num_keys):
+        if _drops(config, layer, seen):
             _say(config, f"to {num_queries} tokens on a GPU, for that is faster", everywhere)
-    elif num_keys < config.min_context and _drops(config, layer, config.min_context):
-        reason = f"while the context is below min_context, {num_keys} < {config.min_context} tokens"
+    elif seen < config.min_context and _drops(config, layer, config.min_context):
+        reason = f"while the context is below min_context, {seen} < {config.min_context} tokens"
         _say(config, reason, everywhere)
 
 

@@ -34,6 +34,7 @@ from ..key_index import KeyIndex
 from ..policy import on_gpu, resolve
 from ..problem import Ranges, make_problem, with_plain_mask
 from .dense_notice import say_if_dense
+from .keys_seen import keys_seen
 from .observers import Observer, Observers
 from .once_per_pass import OncePerPass
 from .transformers_cache import SparseKCache, index_of
@@ -195,8 +196,6 @@ def sparsek_attention(
     positions = position_ids if packed else None
     config, layer = _stored(module), getattr(module, "layer_idx", None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if not (torch.compiler.is_compiling() or _sees_least(module, sliding_window)):
-        say_if_dense(_parse(config), query, key, layer, sliding_window)
     rest = causal, scale, softcap, sliding_window, config, layer
     index = index_of(key)
     recorded = is_recorded(query, key, value)
@@ -208,11 +207,16 @@ def sparsek_attention(
         if positions is not None:
             starts = _starts.get(positions, layer, partial(_sequence_starts, positions))
         plain = attention_mask is None and softcap is None and starts is None
+        says = not _sees_least(module, sliding_window)
         if plain and query.is_cuda and _is_short(query, key, value, config, layer, sliding_window):
             # At once, for checking and dispatching would take the host longer than this.
+            if says:
+                say_if_dense(
+                    _parse(config), query, key, layer, min(sliding_window or key.shape[2], key.shape[2])
+                )
             out = dense.on_gpu(query, key, value, scale, is_causal=causal)
         else:
-            out = _attend(query, key, value, attention_mask, starts, *rest, index)
+            out = _attend(query, key, value, attention_mask, starts, *rest, says=says, index=index)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -262,10 +266,9 @@ def _attention_op(
     layer: int | None,
 ) -> torch.Tensor:
     """One opaque operation for torch.compile: everything that depends on values happens inside it."""
-    if sliding_window is None:
-        say_if_dense(_parse(config), q, k, layer)
+    says = sliding_window is None
     starts = None if positions is None else _sequence_starts(positions)
-    return _attend(q, k, v, mask, starts, is_causal, scale, softcap, sliding_window, config, layer)
+    return _attend(q, k, v, mask, starts, is_causal, scale, softcap, sliding_window, config, layer, says=says)
 
 
 def _attend(
@@ -280,9 +283,14 @@ def _attend(
     sliding_window: int | None,
     config: str,
     layer: int | None,
+    *,
+    says: bool,
     index: KeyIndex | None = None,
 ) -> torch.Tensor:
-    given = mask
+    given, parsed = mask, _parse(config)
+    seen = keys_seen(q, k, mask, starts, sliding_window, enough=parsed.min_context, layer=layer)
+    if says:
+        say_if_dense(parsed, q, k, layer, seen)
     if mask is not None and mask.dtype != torch.bool:
         # Transformers writes "forbidden" as the smallest number of the dtype; here it is -inf.
         mask = mask.masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
@@ -290,13 +298,13 @@ def _attend(
         q,
         k,
         v,
-        config=_parse(config),
+        config=parsed,
         attn_mask=mask,
         is_causal=is_causal,
         scale=scale,
         softcap=softcap,
         layer=layer,
-        context=sliding_window,
+        context=seen,
         index=index,
     )
     if is_causal and problem.first_position < 0:
