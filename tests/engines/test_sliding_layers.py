@@ -21,6 +21,7 @@ from sparsek.engines.llama import LlamaEngine
 from sparsek.engines.llama_context import Context
 from sparsek.integrations import llama_cpp
 from sparsek.integrations import transformers as hf
+from sparsek.policy import auto_top_k
 
 from .. import tiny_gguf
 from ..integrations import tiny_models
@@ -113,6 +114,17 @@ def test_explicit_k_without_a_minimum_is_for_all_layers(opened: Opened, window: 
         many = replace(config, top_k=300)  # more than some windows have
         calls = calls_of(engine._new_context(LENGTH + 10, many, swa_full=whole), tokens)
         assert [call.top_k for call in calls] == [300 if c.seen > 300 else None for c in calls]
+
+
+def test_auto_goes_by_the_window(opened: Opened) -> None:
+    window, length = 1500, 3000
+    engine, config = opened(window), replace(CONFIG, top_k="auto")
+    tokens = engine.encode("ab cd " * length)[:length]
+    for whole in (True, False):
+        calls = calls_of(engine._new_context(length + 10, config, swa_full=whole), tokens)
+        last = {call.layer: call.top_k for call in calls[-2:]}
+        assert last == {SLIDING: auto_top_k(window), WHOLE: auto_top_k(length)}
+        assert last[SLIDING] != last[WHOLE]
 
 
 @pytest.mark.parametrize("window", WINDOWS)

@@ -13,8 +13,8 @@ from ..policy import Rule, by_share, fixed, on_device, resolve
 
 
 def top_k_used(config: SparseKConfig | None, context: int, device: str = "cpu") -> int | list[int] | None:
-    """K as records carry it, in numbers: what "auto" is at this context, and on a GPU the keys of a list; one
-    for each layer where K is given so. None for dense attention, and where it is not a number but a share."""
+    """K as records carry it, in numbers: what "auto" is at the end of this context, and on a GPU the keys of
+    a list; one for each layer where K is given so. None for dense attention, and where it is a share."""
     if config is None or by_share(on_device(config, device)):
         return None
     budgets: Any = fixed(config, context, device).top_k

@@ -10,7 +10,6 @@ import numpy as np
 
 from ..config import SparseKConfig
 from ..integrations import llama_cpp as integration
-from ..policy import fixed
 from . import llama_api as api
 from .gguf_model import not_finite
 from .llama_model import LlamaModel
@@ -50,8 +49,8 @@ class Context:
         integration.flash_attention_is_decided()  # it is among the parameters
 
     def use(self, config: SparseKConfig | None) -> None:
-        """From now on. A prompt comes in batches, but its "auto" is that of the whole."""
-        self._config = config and fixed(config, self._tokens)
+        """From now on."""
+        self._config = config
 
     def submit(self, tokens: Sequence[int], scored: Sequence[int] = ()) -> None:
         """Process tokens; logits of those with the numbers `scored`, or else of the last of each batch.

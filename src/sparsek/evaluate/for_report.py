@@ -65,7 +65,7 @@ def mean_keys(record: dict[str, Any]) -> float:
     context, layers = record["context"], len(record["mass"])
     config = SparseKConfig.from_dict(record["config"])
     config = on_device(config, record.get("device", "cpu"))
-    if by_share(config) and record.get("top_k_used") is None:
+    if config.top_k == "auto" or by_share(config):  # goes by the row's place, or by its scores
         dense = (context + 1) / 2
         return statistics.fmean(dense if keys is None else keys for keys in record["kept"])
     if record.get("top_k_used") is not None:

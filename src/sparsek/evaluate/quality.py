@@ -38,7 +38,7 @@ class EvalRecord:
     `mass[layer][head]` is the share of the dense softmax that falls on the kept keys, `kept[layer]` the
     number of keys a row keeps, over sampled rows; None for layers that keep everything. `mass_mean` and
     `kept_mean` are their means. `top_k` 0 without a configuration is dense attention itself; `top_k_used` is
-    K in numbers: what "auto" meant.
+    K in numbers: what "auto" meant at the end of a window.
     """
 
     engine: str

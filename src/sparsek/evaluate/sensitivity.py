@@ -12,6 +12,7 @@ import torch
 
 from ..config import KEEP_ALL, SparseKConfig
 from ..engines.base import Engine, Part
+from ..integrations.keys_seen import keys_seen
 from ..kernels import reference
 from ..policy import Rule
 from ..problem import Problem
@@ -44,12 +45,14 @@ class DroppedMass:
 def dropped_mass(
     engine: Engine, window: list[int], form: SparseKConfig, budgets: Sequence[int]
 ) -> dict[int, DroppedMass]:
-    """Of each layer whose calls are longer than `form.min_context`, on one window."""
+    """Of each layer in whose calls some row sees `form.min_context` keys, on one window."""
     sums: dict[int, torch.Tensor] = {}
     rows: dict[int, int] = {}
 
     def observe(layer: int, problem: Problem, _out: Any) -> None:
-        if problem.num_keys < form.min_context:
+        p = on_torch(problem)
+        mask = None if p.mask is None else p.mask[:, :1]  # the same for all heads
+        if keys_seen(p.q, p.k, mask, p.starts, None, enough=form.min_context, layer=None) < form.min_context:
             return
         wanted = max(8, _ROWS * problem.num_queries // len(window))
         found, count = _dropped(problem, form, budgets, wanted)
