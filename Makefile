@@ -66,7 +66,8 @@ LLAMA := $(HOST)/bin/python -m pip --disable-pip-version-check install -c constr
 PATHS := from sparsek.integrations.llama_cpp import backend_path; \
   from sparsek.engines.model_file import embedded_model; print(backend_path(), embedded_model())
 test-llama-cpp-python: $(READY) $(HOST)/.ready ## the backend in llama-cpp-python, built from source (ten minutes, once)
-	paths=$$($(BIN)/python -c '$(PATHS)') && $(HOST)/bin/python tests/hosts/llama_cpp_python.py $$paths
+	$(BIN)/python -c 'from pathlib import Path; from tests.tiny_gguf import gemma2; gemma2(512).write(Path("$(HOST)/sliding.gguf"))'
+	paths=$$($(BIN)/python -c '$(PATHS)') && $(HOST)/bin/python tests/hosts/llama_cpp_python.py $$paths $(HOST)/sliding.gguf
 
 $(HOST)/.ready: constraints.txt | $(BIN)/pip
 	$(PYTHON) -m venv $(HOST)

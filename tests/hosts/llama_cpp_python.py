@@ -1,6 +1,8 @@
 """llama-cpp-python, built from its source package, with the Sparse-K backend: `make test-llama-cpp-python`.
 
-    python llama_cpp_python.py libggml-sparsek.so model.gguf
+    python llama_cpp_python.py libggml-sparsek.so model.gguf sliding.gguf
+
+The second model has two layers, the first of them with a sliding window of 512 tokens.
 
 It needs nothing of the package sparsek: this is how a program uses the library alone.
 """
@@ -17,6 +19,7 @@ KEEP_ALL = b"""{"top_k": 2147483647, "sinks": 0, "window": 0, "tail": "none", "d
                 "min_context": 0}"""
 SPARSE = b'{"top_k": 64, "min_context": 0}'
 OFF = b'{"top_k": 0}'
+BY_LENGTH = b'{"top_k": 64, "dense_layers": [], "min_context": 2048}'
 
 
 class Backend:
@@ -48,7 +51,22 @@ def generate(model: str, prompt: str | list[int], count: int) -> str:
     return text
 
 
-def main(backend_path: str, model: str) -> None:
+def sliding(backend: Backend, model: str) -> None:
+    """Of 3000 tokens in batches of 512 the last three see 2048 or more, in the layer without a window."""
+    backend.configure(BY_LENGTH)
+    for whole in (True, False):
+        before = backend.counts()
+        llama = llama_cpp.Llama(
+            model, n_ctx=4096, n_batch=512, flash_attn=True, swa_full=whole, verbose=False
+        )
+        llama.eval([1 + i % 200 for i in range(3000)])
+        llama.close()
+        counts = tuple(after - b for after, b in zip(backend.counts(), before, strict=True))
+        print(f"sliding window:  swa_full {whole}, {counts}")
+        assert counts == (3, 9, 0), counts
+
+
+def main(backend_path: str, model: str, sliding_model: str) -> None:
     backend = Backend(backend_path)
     short = "The capital of France is"
     tokens = llama_cpp.Llama(model, vocab_only=True, verbose=False).tokenize(
@@ -75,6 +93,8 @@ def main(backend_path: str, model: str) -> None:
     assert text.strip()
     assert sparse > 0
     assert by_host == 0
+
+    sliding(backend, sliding_model)
 
 
 if __name__ == "__main__":
