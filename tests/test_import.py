@@ -32,6 +32,31 @@ def test_nothing_heavy_is_loaded(code: str) -> None:
     assert not loaded.intersection(HEAVY)
 
 
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # as if it were not installed
+from sparsek.cli import main
+sys.exit(main(%r))
+"""
+
+
+def without_torch(*command: str) -> subprocess.CompletedProcess[str]:
+    code = WITHOUT_TORCH % (list(command),)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.model
+def test_llama_needs_no_torch_for_speed() -> None:
+    assert "pp64" in without_torch("bench", "-p", "64", "-n", "0", "-r", "1").stdout
+
+
+@pytest.mark.parametrize("command", ["eval", "tune", "bench-attention"])
+def test_commands_say_how_torch_is_installed(command: str) -> None:
+    done = without_torch(command)
+    assert done.returncode == 2
+    assert done.stderr.startswith("sparsek: torch is not installed: pip install '.[transformers]'")
+
+
 def test_everything_exported_is_there() -> None:
     import sparsek
 

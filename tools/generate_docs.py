@@ -603,9 +603,14 @@ def _filled(file: Path) -> str:
     return re.sub(r"<!-- generated: (\w+) -->.*?<!-- end -->", fill, file.read_text(), flags=re.DOTALL)
 
 
+_CLI_INTRODUCTION = (
+    "Generated from `sparsek --help`. Numbers of tokens can be written as `4k` or `128k`, in steps of 1024."
+)
+
+
 def _cli_page() -> str:
     """The help of every command, as the command line prints it."""
-    parts = ["# The command line", "", "Generated from `sparsek --help`.", ""]
+    parts = ["# The command line", "", _CLI_INTRODUCTION, ""]
     context = click.Context(cli, info_name="sparsek", help_option_names=["-h", "--help"])
     for name in COMMANDS:
         command = cli.get_command(context, name)

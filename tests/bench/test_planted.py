@@ -8,8 +8,8 @@ import torch
 
 from sparsek import SparseKConfig, select
 from sparsek.bench.inputs import Inputs
-from sparsek.bench.kept import mean_kept
-from sparsek.bench.planted import planted_inputs, usual_kept
+from sparsek.bench.kept import mean_kept, usual_kept
+from sparsek.bench.planted import planted_inputs
 from sparsek.problem import make_problem
 
 SHARE = SparseKConfig(select="tile", min_share=0.02)

@@ -10,8 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from sparsek import SparseKConfig
-from sparsek.bench.kept import mean_kept
-from sparsek.bench.planted import usual_kept
+from sparsek.bench.kept import mean_kept, usual_kept
 from sparsek.bench.usual_lists import with_usual_lists
 from sparsek.engines.base import Engine, open_engine
 from sparsek.engines.random_weights import randomise

@@ -33,7 +33,8 @@ README = str(Path(__file__).parents[2] / "README.md")
         (["bench", "-p", "k"], "'k' is not a number of tokens >= 0"),
         (["bench", "-n", "-1k"], "'-1k' is not a number of tokens, as in 4096 or 4k"),
         (["run", "-p", "x", "--min-context", "-1"], "-1 is not in the range x>=0"),
-        (["run"], "prompt is empty: pass -p TEXT or -f FILE"),
+        (["run"], "prompt is empty: pass -p TEXT, -f FILE, or -f - for standard input"),
+        (["run", "-p", "x", "-c", "4k"], "run has no -c: its context is as long as the prompt and -n need"),
         (["run", "-p", " "], "prompt is empty"),
         (["run", "-p", "x", "-k", "32,64"], "-k 32,64: run takes one K"),
         (["run", "-p", "x", "-k", "many"], "'many' is not a K"),
@@ -178,7 +179,7 @@ def test_no_standard_input(sparsek_fails: Sparsek, monkeypatch: pytest.MonkeyPat
     ("arguments", "message"),
     [
         (["run", "-p", "x", "-m", "/no/such.gguf"], "no such model: '/no/such.gguf'"),
-        (["run"], "the prompt is empty: pass -p TEXT or -f FILE"),
+        (["run"], "the prompt is empty: pass -p TEXT, -f FILE, or -f - for standard input"),
     ],
 )
 def test_debug_shows_the_traceback_before_the_line(

@@ -12,6 +12,11 @@ from ..problem import Problem
 
 _TILES: Final = 16  # looked at
 _ROWS: Final = 64  # where each chooses for itself
+# Keys that are usual at 8192 tokens and the exponent with which they grow: where tiles choose, and where each
+# query does, for which docs/choosing-k.md has those of SmolLM2 and Gemma 3.
+_USUAL_OF_TILES: Final = 450, 0.62
+_USUAL_OF_QUERIES: Final = 117, 0.14
+_USUAL_TOKENS: Final = 8192
 
 
 def sampled_kept(p: Problem, backend: str = "auto", *, tiles: int = _TILES) -> tuple[list[int], list[float]]:
@@ -49,3 +54,11 @@ def mean_kept(p: Problem, backend: str = "auto", *, tiles: int = _TILES) -> floa
     """Keys that a row keeps on average."""
     _, kept = sampled_kept(p, backend, tiles=tiles)
     return sum(kept) / len(kept)
+
+
+def usual_kept(tokens: int, select: str = "tile") -> int:
+    """Keys that rows of real models keep on average with the usual share, roughly: where tiles choose 450 of
+    8192 and 2500 of 131072, where each query does 117 and 170."""
+    keys, growth = _USUAL_OF_TILES if select == "tile" else _USUAL_OF_QUERIES
+    usual: float = keys * (tokens / _USUAL_TOKENS) ** growth
+    return min(tokens, round(usual))

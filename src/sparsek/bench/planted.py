@@ -21,30 +21,17 @@ from ..config import SparseKConfig
 from ..policy import AUTO_SHARE
 from ..problem import make_problem
 from .inputs import DTYPES, Inputs
-from .kept import mean_kept
+from .kept import mean_kept, usual_kept
 
 _STEADY: Final = (4, 32, 256, 2048)  # tokens
 # Of the energy of q and k; the first that will do, for flat heads keep more.
 _STEADY_PARTS: Final = (0.6, 0.45, 0.3)
 _WEAKEST: Final = 0.2  # size of the last dimension beside the first: in real heads they differ as well
-# Keys that are usual at 8192 tokens and the exponent with which they grow: where tiles choose, and where each
-# query does, for which docs/choosing-k.md has those of SmolLM2 and Gemma 3.
-_USUAL_OF_TILES: Final = 450, 0.62
-_USUAL_OF_QUERIES: Final = 117, 0.14
-_USUAL_TOKENS: Final = 8192
-_SHARE_OF_QUERIES: Final = 0.002  # with which each of them keeps so many: docs/choosing-k.md
+_SHARE_OF_QUERIES: Final = 0.002  # with which each of them keeps as many as are usual: docs/choosing-k.md
 _BY_TILES: Final = SparseKConfig(select="tile")
 _CLOSE: Final = 0.01
 _FACTORS: Final = [2 ** (i / 2) for i in range(-6, 3)]  # of q: with larger ones rows keep more, up to a point
 _TRIALS: Final = 8
-
-
-def usual_kept(tokens: int, select: str = "tile") -> int:
-    """Keys that rows of real models keep on average with the usual share, roughly: where tiles choose 450 of
-    8192 and 2500 of 131072, where each query does 117 and 170."""
-    keys, growth = _USUAL_OF_TILES if select == "tile" else _USUAL_OF_QUERIES
-    usual: float = keys * (tokens / _USUAL_TOKENS) ** growth
-    return min(tokens, round(usual))
 
 
 def planted_inputs(

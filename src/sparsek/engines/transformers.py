@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, Final
@@ -169,10 +170,9 @@ class TransformersEngine:
         hidden: list[torch.Tensor] = []
         body = self._model.base_model
         hook = body.register_forward_hook(lambda _m, _a, out: hidden.append(out.last_hidden_state))
-        use = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
         try:
             with torch.inference_mode(), self._attending(config):
-                last = self._model(self._ids(tokens), **use, logits_to_keep=1).logits[0, -1]
+                last = self._model(self._ids(tokens), **self._using(cache), logits_to_keep=1).logits[0, -1]
         finally:
             hook.remove()
         states = hidden[-1][0]
@@ -213,10 +213,17 @@ class TransformersEngine:
     def _cache(self, config: SparseKConfig | None) -> Cache:
         return (integration.SparseKCache if config else DynamicCache)(config=self._model.config)
 
+    def _using(self, cache: Cache | None) -> dict[str, Any]:
+        """As arguments of the model's forward; Transformers 5.24 renamed one of them."""
+        if cache is None:
+            return {"use_cache": False}
+        renamed = "cache" in inspect.signature(self._model.forward).parameters
+        return {"cache" if renamed else "past_key_values": cache, "use_cache": True}
+
     @torch.inference_mode()
     def _step(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Append `ids` to the cache; returns the greedy next token [1, 1]."""
-        logits = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = self._model(ids, **self._using(cache), logits_to_keep=1).logits
         token: torch.Tensor = self._finite(logits[:, -1]).argmax(-1, keepdim=True)
         if token.is_cuda:
             torch.cuda.synchronize()
