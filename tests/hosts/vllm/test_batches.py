@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import vllm
 
-from .host import LLAMA, ON_CPU, compared, layers_of, serving
+from .host import LLAMA, ON_CPU, alone, compared, layers_of, serving
 
 ALWAYS = {"min_context": 0, "select": "auto" if ON_CPU else "tile"}
 GEMMA = {
@@ -208,10 +208,15 @@ def test_what_is_not_taken_is_the_host_s(
     assert seen.batches == 0
 
 
-# Last: after it vLLM 0.32 starts no other model in the process, for it stumbles over a module of Numba's.
-def test_steps_of_several_drafts_are_the_host_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def prompts_beside_drafts(folder: Path) -> int:
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
     options = {"speculative_config": drafts, "max_num_seqs": 16}
-    with serving(tmp_path, LLAMA, ALWAYS, **options) as llm, compared(monkeypatch) as seen:
-        run(llm, [300, 1500])
-    assert seen.prompts > 3
+    with pytest.MonkeyPatch.context() as patch, serving(folder, LLAMA, ALWAYS, **options) as llm:
+        with compared(patch) as seen:
+            run(llm, [300, 1500])
+        return seen.prompts
+
+
+def test_steps_of_several_drafts_are_the_host_s(tmp_path: Path) -> None:
+    # After it vLLM 0.32 starts no other model in the process, for it stumbles over a module of Numba's.
+    assert alone(prompts_beside_drafts, tmp_path) > 3
