@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="All architectures of Transformers in test_architectures.py, not a selection.",
     )
     parser.addoption("--docs", action="store_true", help="The long code blocks of README and docs too.")
+    parser.addoption("--hosts", action="store_true", help="Programs with ggml in them, which are fetched.")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
