@@ -144,6 +144,56 @@ def gemma2(window: int, context: int = 4096) -> TinyModel:
     return model
 
 
+def bloom(context: int = 4096) -> TinyModel:
+    """Positions by ALiBi alone."""
+    model = _model("bloom", context)
+    model.of_model |= {"attention.head_count_kv": HEADS, "attention.layer_norm_epsilon": 1e-5}
+    random = _Random(model)
+    random.add("token_embd.weight", _vocabulary(), WIDTH, scale=1.0)
+    random.norm("token_embd_norm", WIDTH)
+    random.norm("output_norm", WIDTH)
+    for i in range(LAYERS):
+        block = f"blk.{i}."
+        for part, rows in (
+            ("attn_qkv", 3 * WIDTH),
+            ("attn_output", WIDTH),
+            ("ffn_up", WIDTH),
+            ("ffn_down", WIDTH),
+        ):
+            random.add(f"{block}{part}.weight", rows, WIDTH)
+            random.add(f"{block}{part}.bias", rows)
+        random.norm(f"{block}attn_norm", WIDTH)
+        random.norm(f"{block}ffn_norm", WIDTH)
+    return model
+
+
+def gpt_oss(window: int, context: int = 4096) -> TinyModel:
+    """Attention sinks in both layers. Layer 0 has a sliding window, layer 1 sees everything."""
+    model, experts = _model("gpt-oss", context), 2
+    model.of_model |= {
+        "attention.sliding_window": window,
+        "expert_count": experts,
+        "expert_used_count": 1,
+        "expert_feed_forward_length": WIDTH,
+    }
+    random = _Random(model)
+    random.add("token_embd.weight", _vocabulary(), WIDTH, scale=1.0)
+    random.ones("output_norm.weight", WIDTH)
+    random.add("output.weight", _vocabulary(), WIDTH)
+    for i in range(LAYERS):
+        block = f"blk.{i}."
+        random.attention(block)
+        random.add(f"{block}attn_output.bias", WIDTH)
+        random.add(f"{block}attn_sinks.weight", HEADS, scale=3.0)
+        random.ones(f"{block}post_attention_norm.weight", WIDTH)
+        random.add(f"{block}ffn_gate_inp.weight", experts, WIDTH)
+        random.add(f"{block}ffn_gate_inp.bias", experts)
+        for part in ("gate", "up", "down"):
+            random.add(f"{block}ffn_{part}_exps.weight", experts, WIDTH, WIDTH)
+            random.add(f"{block}ffn_{part}_exps.bias", experts, WIDTH)
+    return model
+
+
 def bert() -> TinyModel:
     """An encoder alone."""
     model = _model("bert", 512)

@@ -38,8 +38,10 @@ constexpr const char* kDescription = "Sparse-K attention";
 constexpr uint8_t kGuid[16] = {0x73, 0x70, 0x61, 0x72, 0x73, 0x65, 0x6b, 0x21,
                                0x9d, 0x41, 0x4e, 0x0a, 0x6f, 0x17, 0xc2, 0x5b};
 
-// Sees an operation that was computed; `rule`: top_k, sinks, window, stride, 1 for a centroid tail.
-using Observer = void (*)(const Tensor* op, int64_t layer, const int64_t* rule, float min_share);
+// Sees an operation that was computed; `rule`: top_k, sinks, window, stride, 1 for a centroid tail; `slopes`:
+// of ALiBi, one a head, or null.
+using Observer = void (*)(const Tensor* op, int64_t layer, const int64_t* rule, float min_share,
+                          const float* slopes);
 
 // Of operations that were computed.
 struct Counters {
@@ -99,8 +101,9 @@ bool compute_by_host(const Tensor* op) {
     const Host& host = *state().host;
     void* context = host.init({size_t{16} << 20, nullptr, true});
     if (context == nullptr) return false;
-    Tensor copy = *op, sources[4];
-    for (int i = 0; i < 4 && op->src[i]; ++i) {
+    Tensor copy = *op, sources[5];
+    for (int i = 0; i < 5; ++i) {
+        if (op->src[i] == nullptr) continue;
         sources[i] = *op->src[i];
         sources[i].op = host.passive[0];
         sources[i].view_src = nullptr;
@@ -116,18 +119,20 @@ bool compute_by_host(const Tensor* op) {
     return good;
 }
 
-// Nobody interrupts it, and its mask was looked at before.
-void compute_here(const Tensor* op, const Operation& operation, const Options& options, Stream& stream) {
+// Bad masks are so for all heads, and nobody interrupts it.
+Status compute_here(const Tensor* op, const Operation& operation, const Options& options, Stream& stream) {
     if (!is_packed(op)) {
-        attention(operation.problem, options, operation.out, nullptr, &stream.means[op->src[2]->data]);
-        return;
+        ValueMeans* means = &stream.means[op->src[2]->data];
+        return attention(operation.problem, options, operation.out, nullptr, means);
     }
     const Problem& p = operation.problem;
     for (int64_t i = 0; i < p.batch * p.kv_heads; ++i) {
         const Operation head =
             unpacked(*state().host, op, operation, i / p.kv_heads, i % p.kv_heads, stream.room);
-        attention(head.problem, options, head.out, nullptr, nullptr);
+        const Status status = attention(head.problem, options, head.out, nullptr, nullptr);
+        if (status != Status::done) return status;
     }
+    return Status::done;
 }
 
 bool compute(const Tensor* op, const Settings& settings, Stream& stream) {
@@ -143,16 +148,19 @@ bool compute(const Tensor* op, const Settings& settings, Stream& stream) {
             ++counters.by_host;
             return compute_by_host(op);
         }
-        p.mask = mask->mask();
+        mask->put_into(&p);
         seen = mask->most_allowed();
     }
     p.rule = settings.rule(layer_of(op), p.num_keys, seen);
-    compute_here(op, operation, options, stream);
+    if (compute_here(op, operation, options, stream) != Status::done) {
+        ++counters.by_host;
+        return compute_by_host(op);
+    }
     const Rule& rule = p.rule;
     ++(rule.keeps_all(p.num_keys) ? counters.dense : counters.sparse);
     if (const Observer observer = state().observer) {
         const int64_t fields[] = {rule.top_k, rule.sinks, rule.window, rule.stride, rule.centroid_tail};
-        observer(op, layer_of(op), fields, rule.min_share);
+        observer(op, layer_of(op), fields, rule.min_share, operation.problem.slopes);
     }
     return true;
 }

@@ -1,9 +1,11 @@
 #include "operation.h"
 
+#include <cmath>
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
+#include <utility>
 
 namespace sparsek::ggml {
 namespace {
@@ -46,17 +48,18 @@ std::string obstacle(const Host& host, const Tensor* op) {
     const Tensor *q = op->src[0], *k = op->src[1], *v = op->src[2], *mask = op->src[3];
     if (op->op != host.flash_attention || q == nullptr || k == nullptr || v == nullptr)
         return "not flash attention";
-    if (op->src[4] != nullptr) return "attention sinks";
     for (size_t i = 5; i < std::size(op->src); ++i) {
         if (op->src[i] != nullptr) return "more inputs than are known here";
     }
-    if (parameter(op, kMaxBias) != 0.0f) return "ALiBi";
     if (!is_format(host, k->type) || v->type != k->type) return "the format of its cache";
     if (q->type != kF32 || op->type != kF32) return "its number format";
     constexpr const char* kLayout = "its memory layout";
     if (!has_rows(q) || !has_rows(k) || !has_rows(v) || op->stride[0] != 4) return kLayout;
     if (k->size[2] == 0 || q->size[2] % k->size[2] != 0 || v->size[2] != k->size[2]) return kLayout;
     if (k->size[3] != q->size[3] || v->size[3] != q->size[3] || v->size[1] != k->size[1]) return kLayout;
+    const Tensor* sinks = op->src[4];
+    if (sinks != nullptr && (sinks->type != kF32 || sinks->size[0] != q->size[2] || sinks->stride[0] != 4))
+        return "its attention sinks";
     if (mask == nullptr) return "";
     const bool heads = mask->size[2] == 1 || mask->size[2] == q->size[2];
     const bool sequences = mask->size[3] == 1 || mask->size[3] == q->size[3];
@@ -82,6 +85,20 @@ int64_t layer_of(const Tensor* op) {
         if (std::strncmp(t->name, "cache_k_l", 9) == 0) return std::atoi(t->name + 9);
     }
     return -1;
+}
+
+// The factors of ALiBi (Press et al., 2022) for the mask, head by head; empty without it. Powers of one
+// number for as many heads as a power of two has, and odd powers of its root for the rest.
+std::vector<float> slopes_of(float max_bias, int64_t heads) {
+    std::vector<float> slopes;
+    if (max_bias <= 0.0f) return slopes;
+    int64_t even = 1;
+    while (2 * even <= heads) even *= 2;
+    const float step = max_bias / static_cast<float>(even);
+    for (int64_t h = 0; h < heads; ++h)
+        slopes.push_back(std::exp2(
+            -step * (h < even ? static_cast<float>(h + 1) : static_cast<float>(2 * (h - even) + 1) / 2)));
+    return slopes;
 }
 
 bool is_packed(const Tensor* op) { return op->src[1]->type == kQ8; }
@@ -116,7 +133,10 @@ Operation operation_of(const Tensor* op) {
     p.first_position = p.num_keys;
     p.scale = parameter(op, kScale);
     p.softcap = parameter(op, kSoftcap);
-    return {p, {op->data, stride(op, 3), stride(op, 1), stride(op, 2)}};
+    if (op->src[4] != nullptr) p.sink_logits = static_cast<const float*>(op->src[4]->data);
+    std::vector<float> slopes = slopes_of(parameter(op, kMaxBias), p.heads);
+    if (!slopes.empty()) p.slopes = slopes.data();
+    return {p, {op->data, stride(op, 3), stride(op, 1), stride(op, 2)}, std::move(slopes)};
 }
 
 Operation unpacked(const Host& host, const Tensor* op, const Operation& whole, int64_t sequence,
@@ -139,6 +159,8 @@ Operation unpacked(const Host& host, const Tensor* op, const Operation& whole, i
     Problem& p = one.problem;
     p.batch = p.kv_heads = 1;
     p.heads = group;
+    if (p.slopes != nullptr) p.slopes += first;
+    if (p.sink_logits != nullptr) p.sink_logits += first;
     p.k = unpack(op->src[1], all.head_size);
     p.v = unpack(op->src[2], all.value_size);
     p.q.data = static_cast<const float*>(p.q.data) + sequence * p.q.batch_stride + first * p.q.head_stride;
@@ -147,6 +169,10 @@ Operation unpacked(const Host& host, const Tensor* op, const Operation& whole, i
     if (p.mask.data != nullptr) {
         p.mask.data = static_cast<const uint64_t*>(p.mask.data) + sequence * p.mask.batch_stride +
                       first * p.mask.head_stride;
+    }
+    if (p.bias.data != nullptr) {
+        p.bias.data = static_cast<const uint16_t*>(p.bias.data) + sequence * p.bias.batch_stride +
+                      first * p.bias.head_stride;
     }
     return one;
 }

@@ -28,6 +28,7 @@ int64_t layer_of(const Tensor* op);
 struct Operation {
     Problem problem;
     Output out;
+    std::vector<float> slopes;  // of ALiBi, to which the problem points
 };
 Operation operation_of(const Tensor* op);
 

@@ -125,6 +125,8 @@ bool few_rows(const Problem& p, const Options& options, ValueMeans* given, const
     const int64_t blocks = blocks_of(p.num_keys), pieces = (blocks + kBlocksPerPiece - 1) / kBlocksPerPiece;
     const int64_t heads = p.batch * p.kv_heads, rows = p.heads / p.kv_heads * p.num_queries;
     const bool tail = p.rule.centroid_tail && !p.rule.keeps_all(p.num_keys) && selection == nullptr;
+    Problem scored_problem = p;
+    if (p.bias.data != nullptr) scored_problem.softcap = 0.0f;  // the scores are final
     ValueMeans own;
     ValueMeans& kept = given ? *given : own;
     if (tail) kept.prepare(p);
@@ -151,11 +153,57 @@ bool few_rows(const Problem& p, const Options& options, ValueMeans* given, const
                const int64_t h = task / rows, row = task % rows;
                const Scores& of_head = scores[static_cast<size_t>(h)];
                const Scores of_row = {of_head.scores + row * blocks * kBlock, of_head.sums + row * blocks};
-               kernel.attend_scored(p, means[static_cast<size_t>(h)].means,
+               kernel.attend_scored(scored_problem, means[static_cast<size_t>(h)].means,
                                     {h / p.kv_heads, h % p.kv_heads, row, 1}, workspaces.of(thread), of_row,
                                     out, selection);
            });
 }
+
+template <typename Element>
+const void* moved(const void* data, int64_t elements) {
+    return data == nullptr ? nullptr : static_cast<const Element*>(data) + elements;
+}
+
+// Where a tensor's token lies.
+const void* token(const void* data, int64_t elements, DType dtype) {
+    return dtype == DType::f32 ? moved<float>(data, elements) : moved<uint16_t>(data, elements);
+}
+
+// The problem of some of the queries, its mask in bits.
+Problem queries_of(const Problem& whole, int64_t first, int64_t count) {
+    Problem p = whole;
+    p.num_queries = count;
+    p.first_position += first;
+    p.q.data = token(p.q.data, first * p.q.token_stride, p.query_dtype);
+    p.mask.data = moved<uint64_t>(p.mask.data, first * p.mask.query_stride);
+    p.bias.data = moved<uint16_t>(p.bias.data, first * p.bias.query_stride);
+    return p;
+}
+
+// A row's scores may be far from those of the keys where a mask adds numbers, and the index would bound
+// nothing: few rows at a time are scored in full.
+bool in_few_rows(const Problem& p, const Options& options, ValueMeans* given, const Output& out,
+                 const SelectionOut* selection) {
+    ValueMeans own;
+    const int64_t step = std::max<int64_t>(1, kFewRows / (p.heads / p.kv_heads));
+    for (int64_t first = 0; first < p.num_queries; first += step) {
+        const int64_t count = std::min(step, p.num_queries - first);
+        Output to = out;
+        to.data = const_cast<void*>(token(out.data, first * out.token_stride, p.query_dtype));
+        SelectionOut chosen{};
+        if (selection != nullptr) {
+            chosen = *selection;
+            chosen.first_query += first;
+        }
+        if (!few_rows(queries_of(p, first, count), options, given ? given : &own, to,
+                      selection ? &chosen : nullptr))
+            return false;
+    }
+    return true;
+}
+
+// A softcap and then numbers: what they do to a mean of keys cannot be told from the mean.
+bool can_add(const Problem& p, bool all) { return all || p.softcap <= 0.0f || !p.rule.wants_means(); }
 
 Status solve(const Problem& given, const Options& options, const Output& out, KeyIndex* index,
              ValueMeans* means, const SelectionOut* selection) {
@@ -165,14 +213,16 @@ Status solve(const Problem& given, const Options& options, const Output& out, Ke
     if (given.mask.data != nullptr && given.mask.form != Mask::Form::bits) {
         const Status status = packed.pack(given, options);
         if (status != Status::done) return status;
-        p.mask = packed.mask();
+        packed.put_into(&p);
     }
-    const bool all = p.rule.keeps_all(p.num_keys) && selection == nullptr;
+    const bool all = p.rule.keeps_all(p.num_keys) && selection == nullptr, adds = p.bias.data != nullptr;
+    if (adds && !can_add(p, all)) return Status::bad_mask;
     const int64_t queries = std::max(p.num_queries, p.whole_queries);
-    const bool few = index == nullptr && p.heads / p.kv_heads * queries <= kFewRows;
-    const bool done = few   ? few_rows(p, options, means, out, selection)
-                      : all ? dense(p, options, out)
-                            : sparse(p, options, index, out, selection);
+    const bool few = (index == nullptr || adds) && p.heads / p.kv_heads * queries <= kFewRows;
+    const bool done = few    ? few_rows(p, options, means, out, selection)
+                      : all  ? dense(p, options, out)
+                      : adds ? in_few_rows(p, options, means, out, selection)
+                             : sparse(p, options, index, out, selection);
     return done ? Status::done : Status::interrupted;
 }
 
@@ -184,7 +234,7 @@ Status attention(const Problem& p, const Options& options, const Output& out, Ke
 }
 
 Status select(const Problem& p, const Options& options, int64_t width, int32_t* indices, int32_t* counts) {
-    const SelectionOut selection = {width, indices, counts};
+    const SelectionOut selection = {width, indices, counts, p.num_queries, 0};
     Problem without_values = p;
     without_values.rule.centroid_tail = false;
     without_values.value_size = 0;

@@ -8,10 +8,19 @@
 #include "parallel.h"
 
 namespace sparsek {
+namespace {
+
+template <typename T>
+void raise(std::atomic<T>& to, T value) {
+    for (T known = to; known < value && !to.compare_exchange_weak(known, value);) {
+    }
+}
+
+}  // namespace
 
 struct PackedMask::Storage {
     Buffer<uint64_t> words;  // [batch, heads, queries, blocks], each 1 where it is the same for all
-    Mask mask;
+    Mask mask, bias;
     int64_t most_allowed = 0;
 };
 
@@ -20,7 +29,11 @@ PackedMask::~PackedMask() = default;
 PackedMask::PackedMask(PackedMask&&) noexcept = default;
 PackedMask& PackedMask::operator=(PackedMask&&) noexcept = default;
 
-Mask PackedMask::mask() const { return storage_->mask; }
+void PackedMask::put_into(Problem* p) const {
+    p->mask = storage_->mask;
+    p->bias = storage_->bias;
+}
+
 int64_t PackedMask::most_allowed() const { return storage_->most_allowed; }
 
 Status PackedMask::pack(const Problem& p, const Options& options) {
@@ -32,22 +45,23 @@ Status PackedMask::pack(const Problem& p, const Options& options) {
     storage_ = std::make_unique<Storage>();
     storage_->words = allocate<uint64_t>(rows * blocks);
     uint64_t* words = storage_->words.get();
-    std::atomic<bool> good{true};
+    std::atomic<MaskKind> kind{MaskKind::forbids};
     std::atomic<int64_t> most{0};
     constexpr int64_t kRowsPerTask = 16;
     const Options limited = for_work(options, static_cast<double>(rows * p.num_keys));
     const bool finished = run(limited, (rows + kRowsPerTask - 1) / kRowsPerTask, [&](int, int64_t task) {
         int64_t most_here = 0;
+        MaskKind kind_here = MaskKind::forbids;
         for (int64_t r = task * kRowsPerTask; r < rows && r < (task + 1) * kRowsPerTask; ++r) {
             const int64_t b = r / (heads * queries), h = r / queries % heads;
             uint64_t* row = words + r * blocks;
-            if (!kernel.pack_mask(p, b, h, r % queries, row)) good = false;
+            kind_here = std::max(kind_here, kernel.pack_mask(p, b, h, r % queries, row));
             int64_t allowed = 0;
             for (int64_t i = 0; i < blocks; ++i) allowed += __builtin_popcountll(row[i]);
             most_here = std::max(most_here, allowed);
         }
-        for (int64_t known = most; known < most_here && !most.compare_exchange_weak(known, most_here);) {
-        }
+        raise(most, most_here);
+        raise(kind, kind_here);
     });
     storage_->most_allowed = most;
     storage_->mask = Mask{words,
@@ -56,7 +70,8 @@ Status PackedMask::pack(const Problem& p, const Options& options) {
                           heads > 1 ? queries * blocks : 0,
                           queries > 1 ? blocks : 0,
                           0};
-    return !finished ? Status::interrupted : good ? Status::done : Status::bad_mask;
+    if (kind == MaskKind::adds) storage_->bias = m;
+    return !finished ? Status::interrupted : kind == MaskKind::bad ? Status::bad_mask : Status::done;
 }
 
 }  // namespace sparsek

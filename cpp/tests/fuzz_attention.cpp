@@ -41,6 +41,8 @@ struct Case {
     std::vector<float> floats[3];
     std::vector<uint16_t> halves[3];
     std::vector<uint8_t> mask;
+    std::vector<uint16_t> numbers;  // of a mask that adds them
+    std::vector<float> slopes, sinks;
     int64_t width = 0;
 
     explicit Case(Bytes bytes) {
@@ -93,6 +95,21 @@ struct Case {
             if (mask.empty()) p.mask.data = nullptr;
         }
         width = p.num_keys;
+        if (bytes.up_to(2) == 0) {
+            const bool per_head = bytes.up_to(1) != 0;
+            numbers.resize(static_cast<size_t>((per_head ? p.heads : 1) * p.num_queries * p.num_keys));
+            constexpr uint16_t kNumbers[] = {0, 0xbc00, 0xc000, 0xfc00, 0x3c00, 0};  // -1, -2, -inf, 1
+            const auto kinds = static_cast<uint32_t>(1 + bytes.up_to(5));
+            for (uint16_t& x : numbers) x = kNumbers[random() % kinds];
+            const int64_t head = p.num_queries * p.num_keys;
+            p.mask = {numbers.data(), Mask::Form::halves, 0, per_head ? head : 0, p.num_keys, 1};
+            if (numbers.empty()) p.mask.data = nullptr;
+            for (int64_t h = 0; h < p.heads; ++h) slopes.push_back(h % 2 ? 0.25f : 2.0f);
+            if (bytes.up_to(1)) p.slopes = slopes.data();
+            if (p.rule.wants_means()) p.softcap = 0.0f;
+        }
+        for (int64_t h = 0; h < p.heads; ++h) sinks.push_back(static_cast<float>(h % 3) - 1.0f);
+        if (bytes.up_to(3) == 0) p.sink_logits = sinks.data();
     }
 
     // Small whole numbers in half precision or in bfloat16, without rounding.
@@ -175,7 +192,7 @@ void try_bytes(const uint8_t* data, size_t size) {
         CHECK(index.extend(shorter, options));
         index.truncate(c.p.num_keys / 3);
         check_same(c, solve(c, isa, 3, &index), expected);
-        CHECK(c.p.rule.keeps_all(c.p.num_keys) || c.p.batch * c.p.num_queries == 0 ||
+        CHECK(c.p.rule.keeps_all(c.p.num_keys) || !c.numbers.empty() || c.p.batch * c.p.num_queries == 0 ||
               index.length() == c.p.num_keys);
     }
 }
@@ -200,7 +217,7 @@ int main(int argc, char** argv) {
                first = argc > 2 ? std::atol(argv[2]) : 0;
     for (long seed = first; seed < first + count; ++seed) {
         std::mt19937 random(static_cast<uint32_t>(seed));
-        std::vector<uint8_t> bytes(64);
+        std::vector<uint8_t> bytes(96);
         for (uint8_t& b : bytes) b = static_cast<uint8_t>(random());
         try_bytes(bytes.data(), bytes.size());
         if (failures > 0) {

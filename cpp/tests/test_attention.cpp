@@ -1,8 +1,11 @@
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <random>
 #include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -179,8 +182,10 @@ void mixed_formats_and_a_mask_of_halves() {
                                 expected[static_cast<size_t>(h * kQueries * kSize + i)]) < 1e-6f);
             }
         }
-        mask[5] = 0x3c00;  // 1: it would have to be added to the score
-        CHECK(attention(p, {2, isa}, {out.data(), 0, kSize, kHeads * kSize}) == Status::bad_mask);
+        for (const uint16_t bad : std::initializer_list<uint16_t>{0x7c00, 0x7e00, 0xfe00}) {  // infinity, NaN
+            mask[5] = bad;
+            CHECK(attention(p, {2, isa}, {out.data(), 0, kSize, kHeads * kSize}) == Status::bad_mask);
+        }
         mask[5] = 0;
     }
 }
@@ -200,12 +205,97 @@ void packed_masks_are_the_mask() {
         PackedMask packed;
         CHECK(packed.pack(p, {2, isa}) == Status::done);
         CHECK(packed.most_allowed() == 130);
-        p.mask = packed.mask();
+        packed.put_into(&p);
+        CHECK(p.bias.data == nullptr);
         CHECK(solve(p, {2, isa}) == expected);
         p.mask = {mask.data(), Mask::Form::halves, 0, 0, kKeys, 1};
         mask[7] = 0x3c00;
+        CHECK(packed.pack(p, {2, isa}) == Status::done);
+        const auto added = solve(p, {2, isa});
+        packed.put_into(&p);
+        CHECK(p.bias.data == mask.data());
+        CHECK(solve(p, {2, isa}) == added);
+        p.mask = {mask.data(), Mask::Form::halves, 0, 0, kKeys, 1};
+        mask[7] = 0x7e00;  // NaN
         CHECK(packed.pack(p, {2, isa}) == Status::bad_mask);
     }
+}
+
+// ALiBi, and the attention sinks of the model: every row by the definition, over the keys that it keeps,
+// which are the best.
+void numbers_of_a_mask_are_added(int64_t top_k, float softcap) {
+    Inputs in(top_k);
+    in.p.rule.centroid_tail = false;
+    constexpr std::pair<uint16_t, double> kNumbers[] = {{0, 0.0},           {0x8000, 0.0}, {0xb800, -0.5},
+                                                        {0xc000, -2.0},     {0x3e00, 1.5}, {0xc900, -10.0},
+                                                        {0xfc00, -INFINITY}};
+    std::mt19937 random(2);
+    std::vector<uint16_t> mask(kQueries * kKeys);
+    std::vector<double> numbers(mask.size());
+    for (size_t i = 0; i < mask.size(); ++i) std::tie(mask[i], numbers[i]) = kNumbers[random() % 7];
+    for (size_t i = 0; i < kKeys; ++i) mask[3 * kKeys + i] = 0xfc00;  // a row that sees nothing
+    const float slopes[kHeads] = {0.5f, 2.0f}, sinks[kHeads] = {2.0f, -1.0f};
+    Problem p = in.p;
+    p.mask = {mask.data(), Mask::Form::halves, 0, 0, kKeys, 1};
+    p.softcap = softcap;
+    p.slopes = slopes;
+    p.sink_logits = sinks;
+    for (const Isa isa : available_isas(detect())) {
+        const auto out = solve(p, {2, isa});
+        std::vector<int32_t> indices(kHeads * kQueries * kKeys), counts(kHeads * kQueries);
+        CHECK(select(p, {2, isa}, kKeys, indices.data(), counts.data()) == Status::done);
+        for (int64_t row = 0; row < kHeads * kQueries; ++row) {
+            const int64_t h = row / kQueries, i = row % kQueries, position = p.first_position + i;
+            std::vector<bool> kept(kKeys);
+            for (int64_t n = 0; n < counts[static_cast<size_t>(row)]; ++n)
+                kept[static_cast<size_t>(indices[static_cast<size_t>(row * kKeys + n)])] = true;
+            double total = std::exp(static_cast<double>(sinks[h])), worst_kept = INFINITY,
+                   best_left = -INFINITY;
+            int64_t chosen = 0, left = 0, seen = 0;
+            std::vector<double> sums(kSize);
+            for (int64_t j = position; j >= 0; --j) {
+                const double number = numbers[static_cast<size_t>(i * kKeys + j)];
+                if (mask[static_cast<size_t>(i * kKeys + j)] == 0xfc00) continue;
+                double score = 0;
+                for (int64_t d = 0; d < kSize; ++d)
+                    score += static_cast<double>(in.q[static_cast<size_t>((h * kKeys + i) * kSize + d)]) *
+                             static_cast<double>(in.k[static_cast<size_t>((h * kKeys + j) * kSize + d)]);
+                score *= static_cast<double>(p.scale);
+                const auto cap = static_cast<double>(softcap);
+                if (cap > 0) score = cap * std::tanh(score / cap);
+                score += static_cast<double>(slopes[h]) * number;
+                const bool always = j < p.rule.sinks || seen++ < p.rule.window;
+                if (kept[static_cast<size_t>(j)]) {
+                    total += std::exp(score);
+                    for (int64_t d = 0; d < kSize; ++d)
+                        sums[static_cast<size_t>(d)] +=
+                            std::exp(score) *
+                            static_cast<double>(in.v[static_cast<size_t>((h * kKeys + j) * kSize + d)]);
+                    if (!always) worst_kept = std::min(worst_kept, score), ++chosen;
+                } else {
+                    CHECK(!always);
+                    best_left = std::max(best_left, score), ++left;
+                }
+            }
+            CHECK(chosen == std::min(top_k, chosen + left));
+            CHECK(best_left <= worst_kept + 1e-5);
+            for (int64_t d = 0; d < kSize; ++d)
+                CHECK(std::fabs(static_cast<double>(out[static_cast<size_t>(row * kSize + d)]) -
+                                sums[static_cast<size_t>(d)] / total) < 1e-5);
+        }
+    }
+}
+
+// What a softcap and numbers of a mask do to a mean cannot be told from the sum of both.
+void a_mean_of_capped_scores_and_numbers_is_refused() {
+    Inputs in(20);
+    std::vector<uint16_t> mask(kQueries * kKeys, 0xb800);
+    std::vector<float> out(kHeads * kQueries * kSize);
+    Problem p = in.p;
+    p.mask = {mask.data(), Mask::Form::halves, 0, 0, kKeys, 1};
+    CHECK(attention(p, {1, Isa::portable}, output_of(p, out.data())) == Status::done);
+    p.softcap = 5.0f;
+    CHECK(attention(p, {1, Isa::portable}, output_of(p, out.data())) == Status::bad_mask);
 }
 
 // One query after another over a cache that grows and is changed behind our back.
@@ -245,5 +335,9 @@ int main() {
     reordered_index_follows_its_batch();
     mixed_formats_and_a_mask_of_halves();
     packed_masks_are_the_mask();
+    numbers_of_a_mask_are_added(20, 0.0f);
+    numbers_of_a_mask_are_added(20, 5.0f);
+    numbers_of_a_mask_are_added(kKeys, 5.0f);
+    a_mean_of_capped_scores_and_numbers_is_refused();
     return failures;
 }

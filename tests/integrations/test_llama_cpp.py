@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from sparsek import SparseKConfig, attention
 from sparsek.engines import llama_api
 from sparsek.integrations import llama_cpp as integration
 from sparsek.integrations.llama_cpp import Tensor
+from sparsek.kernels import reference
 from sparsek.policy import auto_top_k
 
 F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8
@@ -72,7 +73,8 @@ def _settings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Shape:
-    """An operation as a host sends it. `cache`: type of k and v."""
+    """An operation as a host sends it. `cache`: type of k and v. `alibi`: the mask has distances, and this is
+    the host's `max_bias`. `sinks`: of the model."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -99,10 +101,11 @@ class Operation:
         self.q, q = self._rows(rng, F32, s.size, s.queries, s.heads)
         self.k, k = self._rows(rng, s.cache, s.size, s.keys, s.kv_heads)
         self.v, v = self._rows(rng, s.cache, s.value_size, s.keys, s.kv_heads)
-        self.allowed, mask = self._mask(rng)
+        self.mask, mask = self._mask(rng)
         self.op = host.ggml_flash_attn_ext(self.context, q, k, v, mask, s.size**-0.5, s.alibi, s.softcap)
+        self.sinks = rng.normal(2, 1, s.heads) if s.sinks else np.full(s.heads, -np.inf)
         if s.sinks:
-            host.ggml_flash_attn_ext_add_sinks(self.op, self._new(F32, np.zeros(s.heads)))
+            host.ggml_flash_attn_ext_add_sinks(self.op, self._new(F32, self.sinks))
         self.graph = host.ggml_new_graph(self.context)
         host.ggml_build_forward_expand(self.graph, self.op)
 
@@ -138,11 +141,13 @@ class Operation:
         heads = s.heads if s.mask == "per head" else 1
         shape = (s.sequences, heads, s.queries, s.keys)
         if s.mask == "none":
-            return np.ones(shape, bool), None
+            return np.zeros(shape), None
         position = np.arange(s.queries)[:, None] + s.keys - s.queries
         allowed = (np.arange(s.keys) <= position) & (rng.random(shape) < 0.9)
         allowed[..., 0] = True
-        return allowed, self._new(F16, np.where(allowed, 0, -np.inf).astype(np.float16))
+        distances = np.abs(position - np.arange(s.keys)) if s.alibi else 0
+        mask = np.where(allowed, -1.0 * distances, -np.inf).astype(np.float16)
+        return mask * slopes(s), self._new(F16, mask)
 
     def _new(self, kind: int, x: np.ndarray[Any, Any]) -> Any:
         size = (c_int64 * 4)(*([*x.shape[::-1], 1, 1, 1, 1][:4]))
@@ -154,6 +159,15 @@ class Operation:
 
     def __del__(self) -> None:
         self.host.ggml_free(self.context)
+
+
+def slopes(shape: Shape) -> Any:
+    """ALiBi's, [H, 1, 1]: a geometric series, and between its terms for heads beyond a power of two."""
+    if not shape.alibi:
+        return 1.0
+    even = 2 ** int(np.log2(shape.heads))
+    steps = [*range(1, even + 1), *np.arange(shape.heads - even) + 0.5]
+    return 2 ** (-shape.alibi / even * np.array(steps))[:, None, None]
 
 
 def relative_error(got: Any, expected: Any) -> float:
@@ -176,6 +190,19 @@ PREFILL = [
     Shape(cache=Q8_0),
     Shape(cache=Q8_0, sequences=2, mask="per head", softcap=10.0, queries=33, keys=301, value_size=32),
 ]
+ADDED = [
+    Shape(alibi=8.0),
+    Shape(alibi=8.0, heads=9, kv_heads=3, queries=100, keys=701, sequences=2),
+    Shape(alibi=16.0, heads=12, kv_heads=12, mask="per head", queries=65, keys=513, sinks=True),
+    Shape(alibi=8.0, heads=40, kv_heads=1, queries=9, cache=F32),
+    Shape(alibi=8.0, cache=Q8_0, queries=33, keys=301),
+    Shape(alibi=8.0, queries=1, keys=2048),
+    Shape(alibi=4.0, queries=2, keys=777, sinks=True),
+    Shape(sinks=True),
+    Shape(sinks=True, queries=1, sequences=3),
+    Shape(sinks=True, cache=Q8_0, heads=8, queries=80),
+    Shape(sinks=True, softcap=3.0, mask="none"),
+]
 DECODE = [
     Shape(queries=1),
     Shape(queries=1, heads=9, kv_heads=3, keys=2048),
@@ -185,7 +212,7 @@ DECODE = [
 ]
 
 
-@pytest.mark.parametrize("shape", PREFILL, ids=str)
+@pytest.mark.parametrize("shape", [*PREFILL, *ADDED], ids=str)
 def test_prefill_is_the_hosts(host: ctypes.CDLL, shape: Shape) -> None:
     operation = Operation(host, shape)
     assert operation.is_taken()
@@ -205,7 +232,7 @@ def test_decode_is_the_hosts(host: ctypes.CDLL, shape: Shape) -> None:
     assert relative_error(operation.compute("SPARSEK"), dense(operation)) < 1e-5
 
 
-@pytest.mark.parametrize("shape", [*PREFILL, *DECODE], ids=str)
+@pytest.mark.parametrize("shape", [*PREFILL, *ADDED, *DECODE], ids=str)
 @pytest.mark.parametrize("tail", ["none", "centroid"])
 def test_sparse_is_the_reference(host: ctypes.CDLL, shape: Shape, tail: Any) -> None:
     config = SparseKConfig(top_k=9, sinks=3, window=20, tail=tail, dense_layers=(), min_context=0)
@@ -215,6 +242,7 @@ def test_sparse_is_the_reference(host: ctypes.CDLL, shape: Shape, tail: Any) -> 
     got = operation.compute("SPARSEK")
     assert integration.counts().sparse == before.sparse + 1
     assert relative_error(got, sparse(operation, config)) < 1e-4
+    assert integration.counts().by_host == before.by_host
 
 
 @pytest.mark.parametrize("shape", [*PREFILL, *DECODE], ids=str)
@@ -240,9 +268,20 @@ def test_auto_is_the_count_that_it_is_elsewhere(host: ctypes.CDLL) -> None:
     assert (problem.rule.top_k, problem.rule.min_share) == (auto_top_k(problem.num_keys), 0)
 
 
-@pytest.mark.parametrize("shape", [Shape(alibi=8.0), Shape(sinks=True)], ids=["ALiBi", "attention sinks"])
-def test_what_is_unknown_stays_with_the_host(host: ctypes.CDLL, shape: Shape) -> None:
-    assert not Operation(host, shape).is_taken()
+@pytest.mark.parametrize("shape", [s for s in [*PREFILL, *ADDED, *DECODE] if not s.sinks], ids=str)
+def test_an_observer_sees_the_problem(host: ctypes.CDLL, shape: Shape) -> None:
+    integration.configure(SparseKConfig(top_k=9, tail="none", dense_layers=(), min_context=0))
+    seen = []
+    with integration.observed(lambda _layer, problem, out: seen.append((problem, out))):
+        Operation(host, shape).compute("SPARSEK")
+    ((problem, out),) = seen
+    assert relative_error(out, reference.attention(problem)) < 1e-4
+
+
+def test_sinks_of_an_unknown_form_stay_with_the_host(host: ctypes.CDLL) -> None:
+    operation = Operation(host, Shape(sinks=True))
+    operation.op.contents.src[4].contents.size[0] += 1
+    assert not operation.is_taken()
 
 
 @pytest.mark.parametrize("place", range(5, 10))
@@ -264,8 +303,12 @@ def test_without_a_k_everything_stays_with_the_host(host: ctypes.CDLL) -> None:
     assert not operation.is_taken()
 
 
-def test_a_mask_that_adds_numbers_is_computed_by_the_host(host: ctypes.CDLL) -> None:
-    operation = Operation(host, Shape())
+@pytest.mark.parametrize("alibi", [0.0, 8.0])
+def test_a_mask_that_adds_numbers_to_capped_scores_is_computed_by_the_host(
+    host: ctypes.CDLL, alibi: float
+) -> None:
+    integration.configure(SparseKConfig(top_k=9, dense_layers=(), min_context=0))
+    operation = Operation(host, Shape(softcap=5.0, alibi=alibi, sinks=True))
     data = ctypes.cast(operation.op.contents.src[3].contents.data, POINTER(ctypes.c_uint16))
     data[0] = 0x3800  # 0.5
     before = integration.counts()
@@ -304,22 +347,42 @@ def test_a_mask_has_new_content_in_the_next_pass(host: ctypes.CDLL, says: bool) 
     host.ggml_backend_free(backend)
 
 
+def test_numbers_of_a_mask_without_alibi_are_added(host: ctypes.CDLL) -> None:
+    operation = Operation(host, Shape())
+    data = ctypes.cast(operation.op.contents.src[3].contents.data, POINTER(ctypes.c_uint16))
+    before, plain = integration.counts(), operation.compute("SPARSEK")
+    data[0] = 0x4900  # 10, for the first key of the first query
+    got = operation.compute("SPARSEK")
+    operation.mask[0, 0, 0, 0] = 10
+    assert integration.counts().by_host == before.by_host
+    assert relative_error(got, dense(operation)) < 1e-5
+    assert relative_error(got[:, :, 0], plain[:, :, 0]) > 0.1
+
+
 def dense(operation: Operation) -> Any:
     return sparse(operation, KEEP_ALL)
 
 
 def sparse(operation: Operation, config: SparseKConfig, backend: str = "reference") -> Any:
     """The reference in float64, or another kernel in float32, row by row: each stands at the end of the
-    cache, as the backend has it, and what it may see is in the mask alone."""
+    cache, as the backend has it, and what it may see is in the mask alone. An attention sink is one more
+    key, the last, with a score of its own and the value zero."""
     dtype = np.float64 if backend == "reference" else np.float32
     q, k, v = (x.astype(dtype) for x in (operation.q, operation.k, operation.v))
+    mask = operation.mask
+    if operation.shape.sinks:
+        k, v = (np.pad(x, [(0, 0), (0, 0), (0, 1), (0, 0)]) for x in (k, v))
+        scores = operation.sinks[:, None, None]
+        mask = np.broadcast_to(mask, (mask.shape[0], len(scores), *mask.shape[2:]))
+        mask = np.concatenate([mask, np.broadcast_to(scores, (*mask.shape[:3], 1))], 3)
+        config = replace(config, window=config.window + 1)
     rows = [
         attention(
             q[:, :, i : i + 1],
             k,
             v,
             config=config,
-            attn_mask=operation.allowed[:, :, i : i + 1],
+            attn_mask=mask[:, :, i : i + 1],
             softcap=operation.shape.softcap or None,
             backend=backend,
         )

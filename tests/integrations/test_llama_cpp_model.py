@@ -23,6 +23,7 @@ from sparsek.engines.llama import LlamaEngine
 from sparsek.integrations import llama_cpp as integration
 from sparsek.verify import verify
 
+from .. import tiny_gguf
 from .llama_host import KEEP_ALL, Context, Host, Logits, write_float_model
 
 pytestmark = pytest.mark.model
@@ -339,6 +340,36 @@ def test_other_quantised_caches_stay_with_the_host(host: Host, tokens: list[int]
     )
     assert integration.counts() == before
     assert np.array_equal(got, expected)
+
+
+# ---- Tiny models of other kinds
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt_oss"])
+def test_alibi_and_attention_sinks(name: str, tmp_path: Path) -> None:
+    model = tiny_gguf.bloom() if name == "bloom" else tiny_gguf.gpt_oss(window=128)
+    host = Host(model.write(tmp_path / "tiny.gguf"))
+    tokens = [*"\n".join(topics.values())[:1600].encode()]
+    runs: dict[str, Logits] = {}
+    texts: dict[str, list[int]] = {}
+    for kind, config in (("host", None), ("other way", None), ("all", KEEP_ALL), ("sparse", SPARSE)):
+        before = integration.counts()
+        context = Context(host, config, 2048, flash_attn_type=kind != "other way")
+        runs[kind] = context.extend(tokens)
+        last, text = runs[kind][-1], []
+        for _ in range(24):
+            text.append(int(last.argmax()))
+            last = context.extend(text[-1:])[-1]
+        texts[kind] = text
+        done = integration.counts()
+        calls = 0 if config is None else host.layers * (4 + len(text))  # the prompt in parts of up to 512
+        assert done.sparse - before.sparse == (calls if kind == "sparse" else 0)
+        assert done.dense - before.dense == (calls if kind == "all" else 0)
+        assert done.by_host == before.by_host
+    assert relative_error(runs["all"], runs["host"]) < ROUNDING
+    assert relative_error(runs["sparse"], runs["host"]) > 100 * ROUNDING
+    # Steps of the host's flash attention add values up in half precision: its text may be another one.
+    assert texts["all"] == texts["other way"]
 
 
 # ---- A model with a sliding window

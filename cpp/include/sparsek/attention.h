@@ -34,7 +34,7 @@ struct Output {
 struct Mask {
     enum class Form {
         bytes,   // nonzero where the key is allowed
-        halves,  // half precision: 0 where the key is allowed, -inf where it is not
+        halves,  // half precision, added to the scores; -inf where the key is not allowed. key_stride is 1
         bits,    // 64 keys a word, 1 where the key is allowed; key_stride is not used
     };
     const void* data = nullptr;
@@ -74,10 +74,17 @@ struct Problem {
     bool is_causal = false;
     int64_t first_position = 0;  // of query 0; a causal row sees no later position than its own
     float scale = 1.0f;
-    float softcap = 0.0f;  // 0: none
+    float softcap = 0.0f;  // 0: none; comes before what a mask adds
+    // [heads] each, or null. slopes: factors of a mask of halves (ALiBi). sink_logits: of attention sinks,
+    // each one more term exp(logit) in the softmax's sum, which has no value and no part in what is kept.
+    const float* slopes = nullptr;
+    const float* sink_logits = nullptr;
     Rule rule;
     // Of the call of which this is a part: the estimates behind `min_share` are made as there.
     int64_t whole_queries = 0;
+    // A mask of halves, where it adds numbers; its bits are in `mask` then. attention() and select() make
+    // both.
+    Mask bias;
 };
 
 // Calls body(data) on up to `threads` threads at once, the calling one among them; returns when all have.
@@ -100,7 +107,9 @@ class ValueMeans;
 enum class Status {
     done,
     interrupted,
-    bad_mask,  // a half that is neither 0 nor -inf; nothing was computed
+    // Nothing was computed: a half is NaN or infinity, or there are numbers to add to scores with a softcap
+    // whose means are wanted.
+    bad_mask,
 };
 
 // index: of the problem's k and v, extended by those it does not hold yet, with centroids where the rule

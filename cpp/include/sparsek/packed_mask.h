@@ -17,8 +17,9 @@ class PackedMask {
 
     // Of the problem's mask, which is there and not in bits yet. Returns and throws as attention() does.
     Status pack(const Problem& p, const Options& options);
-    // What takes its place in problems of the same sizes, as long as this lives.
-    Mask mask() const;
+    // In a problem of the same sizes it takes the place of that mask, as long as this lives; the numbers of a
+    // mask that adds some stay where they are.
+    void put_into(Problem* p) const;
     // The keys that the mask allows to the row that may see most.
     int64_t most_allowed() const;
 

@@ -62,6 +62,11 @@ inline float largest_of(const float* x, int64_t count, float start) {
     return start;
 }
 
+// exp of the head's attention sink less `peak`, which is infinity where the sink outweighs all else.
+inline float sink_weight(const Problem& p, const Row& row, float peak) {
+    return p.sink_logits == nullptr ? 0.0f : __builtin_expf(p.sink_logits[row.head] - peak);
+}
+
 // Softmax over the `count` kept keys and the tail, into the row of the output. `means`: of the blocks'
 // values.
 template <typename T>
@@ -71,7 +76,8 @@ inline void attend_row(const Problem& p, const T* values, const float* means, co
         for (int64_t i = 0; i < count; i += 16) store(w.weights + i, capped(load(w.weights + i), p.softcap));
     }
     const float peak = largest_of(w.tail, blocks, largest_of(w.weights, count, -INFINITY));
-    const float total = exponentials(w.weights, count, peak) + exponentials(w.tail, blocks, peak);
+    const float total =
+        exponentials(w.weights, count, peak) + exponentials(w.tail, blocks, peak) + sink_weight(p, row, peak);
     for (int64_t d = 0; d < round_up(p.value_size, 16); ++d) w.out[d] = 0.0f;
     add_weighted<T>(
         w.weights, count, [&](int64_t i) { return values + w.index[i] * p.v.token_stride; }, p.value_size,

@@ -138,6 +138,7 @@ void dense_tile(const Problem& p, const Tile& tile, std::byte* workspace, const 
     const T* keys = head_of<T>(p.k, tile.batch, tile.kv_head);
     const T* values = head_of<T>(p.v, tile.batch, tile.kv_head);
 
+    const float softcap = p.bias.data != nullptr ? 0.0f : p.softcap;  // a bias comes after it
     const int64_t padded_rows = round_up(tile.num_rows, kDenseRows);
     Row rows[kDenseTileRows];
     std::memset(w.out, 0, static_cast<size_t>(padded_rows * w.values) * sizeof(float));
@@ -168,7 +169,8 @@ void dense_tile(const Problem& p, const Tile& tile, std::byte* workspace, const 
             multiply_rows<false>(w.queries + r * p.head_size, p.head_size, w.keys, kBlock, p.head_size,
                                  scores, kBlock, kBlock);
             for (int64_t i = 0; i < kDenseRows; ++i) {
-                const float factor = soften(scores + i * kBlock, w.allowed[(r + i) * w.blocks + b], p.softcap,
+                if (p.bias.data != nullptr) add_bias(p, tile.batch, rows[r + i], b, scores + i * kBlock);
+                const float factor = soften(scores + i * kBlock, w.allowed[(r + i) * w.blocks + b], softcap,
                                             w.peak + r + i, w.total + r + i);
                 if (factor == 1.0f) continue;
                 float* o = w.out + (r + i) * w.values;
@@ -185,7 +187,8 @@ void dense_tile(const Problem& p, const Tile& tile, std::byte* workspace, const 
         }
     }
     for (int64_t r = 0; r < tile.num_rows; ++r) {
-        const float inverse = w.total[r] == 0.0f ? 0.0f : 1.0f / w.total[r];
+        const float sum = w.total[r] + sink_weight(p, rows[r], w.peak[r]);
+        const float inverse = w.total[r] == 0.0f ? 0.0f : 1.0f / sum;
         store_row(p, tile.batch, rows[r], w.out + r * w.values, inverse, out);
     }
 }

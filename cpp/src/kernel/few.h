@@ -124,6 +124,8 @@ inline void score_block(const Problem& p, const HeadMeans& means, const Tile& ti
             score(std::integral_constant<int, 0>{});
         }
     }
+    for (int64_t r = 0; r < tile.num_rows && p.bias.data != nullptr; ++r)
+        add_bias(p, tile.batch, row_of(p, tile, r), b, out.scores + r * stride + b * kBlock);
     if (!whole || !p.rule.wants_means()) return;
     for (int64_t r = 0; r < tile.num_rows; ++r) {
         const float* x = out.scores + r * stride + b * kBlock;

@@ -48,7 +48,7 @@ void with_type(DType dtype, Function f) {
 size_t workspace_size(const Problem& p) {
     Arena sparse(nullptr), few(nullptr), dense(nullptr);
     SparseWork(p, sparse);
-    if (p.heads / p.kv_heads * p.num_queries <= kFewRows) FewWork(p, few);
+    if (p.bias.data != nullptr || p.heads / p.kv_heads * p.num_queries <= kFewRows) FewWork(p, few);
     DenseWork(p, dense);
     const size_t larger = sparse.used() > few.used() ? sparse.used() : few.used();
     return larger > dense.used() ? larger : dense.used();

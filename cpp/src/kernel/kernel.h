@@ -42,7 +42,7 @@ struct HeadMeans {
     float* means;            // [blocks, value_size]
 };
 
-// The exact scores of a KV head's rows, before the softcap.
+// The exact scores of a KV head's rows: before the softcap or, where a mask adds numbers, after that.
 struct Scores {
     float* scores;  // [rows, padded keys]; only of blocks in which a row may see a key
     float* sums;    // [rows, blocks]; of blocks that some row may see wholly
@@ -61,7 +61,12 @@ struct SelectionOut {
     int64_t width;
     int32_t* indices;
     int32_t* counts;
+    int64_t num_queries;  // of all, and which of them is the problem's first
+    int64_t first_query;
 };
+
+// What a mask does to the scores.
+enum class MaskKind { forbids, adds, bad };
 
 struct Kernel {
     // Bytes that a thread needs for scratch.
@@ -87,8 +92,8 @@ struct Kernel {
     void (*attend_scored)(const Problem&, const float* means, const Tile&, std::byte* workspace,
                           const Scores& scored, const Output& out, const SelectionOut* selection);
     void (*dense_tile)(const Problem&, const Tile&, std::byte* workspace, const Output& out);
-    // One row of the problem's mask as bits, [blocks]; false for a half that is neither 0 nor -inf.
-    bool (*pack_mask)(const Problem&, int64_t batch, int64_t head, int64_t query, uint64_t* bits);
+    // One row of the problem's mask as bits, [blocks].
+    MaskKind (*pack_mask)(const Problem&, int64_t batch, int64_t head, int64_t query, uint64_t* bits);
 };
 
 namespace portable {

@@ -81,11 +81,17 @@ struct Row {
 inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
+inline MaskKind kind_of(uint16_t half) {
+    const int magnitude = half & 0x7fff;
+    if (half == kMinusInfinity || magnitude == 0) return MaskKind::forbids;
+    return magnitude >= 0x7c00 ? MaskKind::bad : MaskKind::adds;
+}
+
 // See Kernel::pack_mask.
-inline bool pack_mask(const Problem& p, int64_t batch, int64_t head, int64_t query, uint64_t* bits) {
+inline MaskKind pack_mask(const Problem& p, int64_t batch, int64_t head, int64_t query, uint64_t* bits) {
     const Mask& m = p.mask;
     const int64_t at = batch * m.batch_stride + head * m.head_stride + query * m.query_stride;
-    bool good = true;
+    MaskKind kind = MaskKind::forbids;
     for (int64_t b = 0; b < blocks_of(p.num_keys); ++b) {
         const int64_t first = b * kBlock, count = minimum(kBlock, p.num_keys - first);
         const bool whole = m.key_stride == 1 && count == kBlock;
@@ -97,19 +103,17 @@ inline bool pack_mask(const Problem& p, int64_t batch, int64_t head, int64_t que
                 bits[b] |= static_cast<uint64_t>(x[j * m.key_stride] != 0) << j;
         } else {
             const uint16_t* x = static_cast<const uint16_t*>(m.data) + at + first * m.key_stride;
-            uint64_t forbidden = 0;
-            if (whole) {
-                bits[b] = equal64(x, 0);
-                forbidden = equal64(x, kMinusInfinity);
+            if (whole) bits[b] = ~equal64(x, kMinusInfinity);
+            for (int64_t j = 0; !whole && j < count; ++j)
+                bits[b] |= static_cast<uint64_t>(x[j] != kMinusInfinity) << j;
+            if (whole && equal64(x, 0) == bits[b]) continue;
+            for (int64_t j = 0; j < count; ++j) {
+                const MaskKind own = kind_of(x[j]);
+                kind = own > kind ? own : kind;
             }
-            for (int64_t j = 0; !whole && j < count; ++j) {
-                bits[b] |= static_cast<uint64_t>(x[j * m.key_stride] == 0) << j;
-                forbidden |= static_cast<uint64_t>(x[j * m.key_stride] == kMinusInfinity) << j;
-            }
-            good &= (bits[b] | forbidden) == first_bits(count);
         }
     }
-    return good;
+    return kind;
 }
 
 // Bits of the keys that a row may see in the blocks [first, last), from bits[0] on.
@@ -123,6 +127,20 @@ inline void allowed_bits(const Problem& p, int64_t batch, const Row& row, int64_
     const uint64_t* words = static_cast<const uint64_t*>(m.data) + batch * m.batch_stride +
                             row.head * m.head_stride + row.query * m.query_stride;
     for (int64_t b = first; b < last; ++b) bits[b - first] &= words[b];
+}
+
+// Scores of a row with the keys of block b become final, in place: capped, and with the mask's numbers.
+inline void add_bias(const Problem& p, int64_t batch, const Row& row, int64_t b, float* scores) {
+    const Mask& m = p.bias;
+    const auto* numbers = static_cast<const Half*>(m.data) + batch * m.batch_stride +
+                          row.head * m.head_stride + row.query * m.query_stride;
+    const F slope = set1(p.slopes != nullptr ? p.slopes[row.head] : 1.0f);
+    for (int64_t j = 0; j < kBlock && b * kBlock + j < p.num_keys; j += 16) {
+        const int64_t key = b * kBlock + j;
+        const F x = load(scores + j);
+        store(scores + j, fma(slope, load_n(numbers + key, minimum(16, p.num_keys - key)),
+                              p.softcap > 0.0f ? capped(x, p.softcap) : x));
+    }
 }
 
 // One row of q in float.
@@ -212,7 +230,7 @@ inline void score_keys(const Problem& p, const T* keys, const float* query, int3
 
 inline void write_selection(const Problem& p, const Row& row, int64_t batch, int64_t count, int64_t first,
                             int64_t last, const SparseWork& w, const SelectionOut& out) {
-    const int64_t at = (batch * p.heads + row.head) * p.num_queries + row.query;
+    const int64_t at = (batch * p.heads + row.head) * out.num_queries + out.first_query + row.query;
     // The chosen keys join the always-kept ones as bits, which puts all in order.
     for (int64_t i = 0; i < count; ++i) w.always[w.index[i] / kBlock] |= 1ull << (w.index[i] % kBlock);
     const int64_t n = list_bits(first, last, [&](int64_t b) { return w.always[b]; }, w.index);

@@ -56,7 +56,12 @@ Tensor._fields_ = [
     ("name", c_char * 64),
 ]
 _OBSERVER: Final = ctypes.CFUNCTYPE(
-    None, ctypes.POINTER(Tensor), c_int64, ctypes.POINTER(c_int64), ctypes.c_float
+    None,
+    ctypes.POINTER(Tensor),
+    c_int64,
+    ctypes.POINTER(c_int64),
+    ctypes.c_float,
+    ctypes.POINTER(ctypes.c_float),
 )
 
 
@@ -170,11 +175,11 @@ def observed(observer: Observer, layers: Container[int] | None = None) -> Iterat
     measuring and verifying. What it raises is raised at the end of the block."""
     errors: list[BaseException] = []
 
-    def seen(op: Any, layer: int, rule: Any, min_share: float) -> None:
+    def seen(op: Any, layer: int, rule: Any, min_share: float, slopes: Any) -> None:
         if errors or (layers is not None and layer not in layers):
             return
         try:
-            problem, out = _problem(op.contents, rule, min_share)
+            problem, out = _problem(op.contents, rule, min_share, slopes)
             observer(layer, problem, out)
         except BaseException as error:  # it cannot pass through the host
             errors.append(error)
@@ -189,14 +194,18 @@ def observed(observer: Observer, layers: Container[int] | None = None) -> Iterat
         raise errors[0]
 
 
-def _problem(op: Tensor, rule: Any, min_share: float) -> tuple[Problem, Any]:
-    """An operation's inputs, copied, and its output."""
+def _problem(op: Tensor, rule: Any, min_share: float, slopes: Any) -> tuple[Problem, Any]:
+    """An operation's inputs, copied, and its output. `slopes`: of ALiBi, one a head, or null."""
     q, k, v = (_array(op.src[i].contents) for i in range(3))
     mask = None
     if op.src[3]:
-        allowed = _array(op.src[3].contents) == 0
-        shape = (allowed.shape[0], allowed.shape[1], q.shape[2], k.shape[2])
-        mask = np.broadcast_to(allowed[:, :, : q.shape[2]], shape)
+        mask = _array(op.src[3].contents)[:, :, : q.shape[2]]
+        if not np.isin(mask, (0, -np.inf)).all():
+            heads = np.ctypeslib.as_array(slopes, (q.shape[1],)) if slopes else np.ones(1, np.float32)
+            mask = mask * heads[:, None, None]
+        else:
+            mask = mask == 0
+        mask = np.broadcast_to(mask, (*mask.shape[:2], q.shape[2], k.shape[2]))
     scale, _, softcap = op.op_params[:3]
     top_k, sinks, window, stride, tail = rule[:5]
     problem = Problem(
