@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 CPP := $(shell find cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo test test-avx2 test-docs test-gpu test-vllm test-vllm-gpu test-lm-eval test-hosts test-newest test-architectures test-sanitize test-arm test-llama-cpp-python lint format bench bench-gpu bench-gpu-model bench-vllm bench-vllm-gpu study docs findings clean
+.PHONY: help setup demo test test-avx2 test-docs test-gpu test-vllm test-vllm-gpu test-lm-eval test-hosts test-newest test-architectures test-sanitize test-arm test-llama-cpp-python test-backend-ops lint format bench bench-gpu bench-gpu-model bench-vllm bench-vllm-gpu study docs findings clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -75,6 +75,23 @@ test-llama-cpp-python: $(READY) $(HOST)/.ready ## the backend in llama-cpp-pytho
 $(HOST)/.ready: constraints.txt | $(BIN)/pip
 	$(PYTHON) -m venv $(HOST)
 	$(LLAMA) --no-binary llama-cpp-python llama-cpp-python
+	@touch $@
+
+# ggml's own test of backends, from the same source: of llama.cpp ggml alone.
+OPS := build/backend-ops
+OPS_SOURCE := $(OPS)/llama-cpp-python
+test-backend-ops: $(READY) $(OPS_SOURCE)/.ready ## ggml's own cases of attention on the backend (ten minutes, three with it built)
+	$(CMAKE) -S tests/hosts/backend_ops -B $(OPS) -DCMAKE_BUILD_TYPE=Release \
+	  -DLLAMA_CPP="$(CURDIR)/$(OPS_SOURCE)/vendor/llama.cpp"
+	$(BIN)/cmake --build $(OPS) --target test-backend-ops ggml-cpu
+	$(BIN)/python tests/hosts/backend_ops/run.py $(OPS)/bin/test-backend-ops
+
+$(OPS_SOURCE)/.ready: constraints.txt | $(READY)
+	rm -rf $(OPS_SOURCE) && mkdir -p $(OPS_SOURCE)
+	$(BIN)/python -m pip --disable-pip-version-check download -c constraints.txt -d $(OPS) \
+	  --no-deps --no-binary llama-cpp-python --no-build-isolation llama-cpp-python
+	tar -xzf $(OPS)/llama_cpp_python-*.tar.gz -C $(OPS_SOURCE) --strip-components 1
+	rm $(OPS)/llama_cpp_python-*.tar.gz
 	@touch $@
 
 # vLLM for the CPU, with the versions of PyTorch and Transformers that it wants, so in a folder of its own.

@@ -249,9 +249,7 @@ GraphStatus compute_graph(Backend* backend, Graph* graph) {
         const Settings settings = current_settings();
         for (int i = 0; i < host.graph_size(graph); ++i) {
             const Tensor* node = host.graph_node(graph, i);
-            bool passive = false;
-            for (const int op : host.passive) passive |= node->op == op;
-            if (passive) continue;
+            if (host.is_passive(node)) continue;
             if (!obstacle(host, node).empty() ||
                 !compute(node, settings, *static_cast<Stream*>(backend->context)))
                 return GraphStatus::failed;
@@ -325,8 +323,10 @@ std::string why_left(const Tensor* op) {
 
 bool supports_op(Device*, const Tensor* op) {
     // The host asks for every operation of every graph, several times.
-    state().contexts.asks();
-    return op->op == state().host->flash_attention && !state().disabled && why_left(op).empty();
+    State& s = state();
+    s.contexts.asks();
+    if (s.host->is_passive(op)) return true;
+    return op->op == s.host->flash_attention && !s.disabled && why_left(op).empty();
 }
 
 bool supports_buffer_type(Device*, BufferType* type) { return state().host->is_host_buffer(type); }

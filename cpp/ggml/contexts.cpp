@@ -36,7 +36,8 @@ std::optional<Plans> Contexts::begins(const void* backend) {
         context.answered |= context.maker == std::this_thread::get_id();
     for (auto it = fresh_.begin(); it != fresh_.end(); ++it) {
         if (std::find(it->backends.begin(), it->backends.end(), backend) == it->backends.end()) continue;
-        Plans plans = std::move(it->plans);
+        std::optional<Plans> plans;
+        if (it->asked) plans = std::move(it->plans);
         fresh_.erase(it);
         count();
         return plans;

@@ -38,7 +38,8 @@ class Contexts {
 
     // This thread makes a context, with this backend of ours.
     void made(const void* backend);
-    // The backend is about to compute. What was announced for its context; nothing if it computed before.
+    // The backend is about to compute. What was announced for its context; nothing if it computed before, or
+    // the host has not asked yet what we can do.
     std::optional<Plans> begins(const void* backend);
     void gone(const void* backend);
 

@@ -2,6 +2,8 @@
 // version is one that was tested. Nothing of ggml is linked.
 #pragma once
 
+#include <algorithm>
+#include <iterator>
 #include <memory>
 #include <string>
 
@@ -15,6 +17,10 @@ struct Host {
     int flash_attention;  // the number of the operation
     int passive[5];       // operations that compute nothing
     BufferType* cpu_buffer_type;
+
+    bool is_passive(const Tensor* t) const {
+        return std::find(std::begin(passive), std::end(passive), t->op) != std::end(passive);
+    }
 
     bool (*is_host_buffer)(BufferType*);
     int (*graph_size)(Graph*);

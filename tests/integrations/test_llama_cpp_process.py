@@ -207,6 +207,29 @@ for variable in variables:
 """
 
 
+# As ggml's own tests do: a backend is made and given its threads, and what it supports is asked then.
+UNASKED = """
+import sys
+from ctypes import CFUNCTYPE, c_int, c_void_p
+from sparsek.engines import llama_api
+
+lib = llama_api.library()
+for name in ("load", "dev_by_name", "dev_init", "dev_backend_reg", "reg_get_proc_address"):
+    getattr(lib, "ggml_backend_" + name).restype = c_void_p
+assert lib.ggml_backend_load(sys.argv[1].encode())
+device = c_void_p(lib.ggml_backend_dev_by_name(b"SPARSEK"))
+backend = c_void_p(lib.ggml_backend_dev_init(device, None))
+registry = c_void_p(lib.ggml_backend_dev_backend_reg(device))
+set_threads = lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
+CFUNCTYPE(None, c_void_p, c_int)(set_threads)(backend, 1)
+"""
+
+
+def test_nothing_is_told_where_nothing_was_asked_yet() -> None:
+    _, errors = run(UNASKED, backend_path())
+    assert our_lines(errors) == []
+
+
 def test_a_context_without_flash_attention_is_told(model: Path) -> None:
     _, errors = run(PLAIN.replace("None)", "None, flash_attn_type=0)"), backend_path(), model)
     assert our_lines(errors) == [
