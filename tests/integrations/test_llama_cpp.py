@@ -341,9 +341,10 @@ def test_a_mask_has_new_content_in_the_next_pass(host: ctypes.CDLL, says: bool) 
         number = first if says else 0
         for layer in range(number, number + 3):
             assert relative_error(computed(layer), dense(operation)) < 2e-4
-        operation.allowed &= rng.random(operation.allowed.shape) < 0.5
-        operation.allowed[..., 0] = True
-        halves[:] = np.where(operation.allowed, 0, 0xFC00).reshape(-1)
+        kept = rng.random(operation.mask.shape) < 0.5
+        kept[..., 0] = True
+        operation.mask = np.where(kept, operation.mask, -np.inf)
+        halves[:] = np.where(operation.mask == 0, 0, 0xFC00).reshape(-1)
     host.ggml_backend_free(backend)
 
 

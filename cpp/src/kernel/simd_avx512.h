@@ -150,9 +150,10 @@ inline void keep64(int16_t* x, uint64_t bits, int16_t value) {
 // Bit i says whether x[i] == value.
 inline uint64_t equal64(const uint16_t* x, uint16_t value) {
     const __m512i v = _mm512_set1_epi16(static_cast<int16_t>(value));
-    const uint64_t low = _mm512_cmpeq_epi16_mask(_mm512_loadu_si512(x), v);
-    const uint64_t high = _mm512_cmpeq_epi16_mask(_mm512_loadu_si512(x + 32), v);
-    return low | high << 32;
+    // As numbers at once: from masks put together GCC 12 loses bits with -fsanitize=thread.
+    const uint32_t low = _cvtmask32_u32(_mm512_cmpeq_epi16_mask(_mm512_loadu_si512(x), v));
+    const uint32_t high = _cvtmask32_u32(_mm512_cmpeq_epi16_mask(_mm512_loadu_si512(x + 32), v));
+    return low | static_cast<uint64_t>(high) << 32;
 }
 // Bit i says whether byte i is nonzero.
 inline uint64_t nonzero64(const uint8_t* x) {
