@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 CPP := $(shell find cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: help setup demo test test-avx2 test-docs test-gpu test-vllm test-vllm-gpu test-lm-eval test-hosts test-newest test-architectures test-sanitize test-arm test-llama-cpp-python test-backend-ops lint format bench bench-gpu bench-gpu-model bench-vllm bench-vllm-gpu study docs findings clean
+.PHONY: help setup demo test test-avx2 test-docs test-gpu test-vllm test-vllm-gpu test-lm-eval test-hosts test-newest test-architectures test-sanitize test-arm test-llama-cpp-python test-backend-ops lint format bench bench-gpu bench-gpu-model bench-vllm bench-vllm-gpu bench-hosts study docs findings clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -60,8 +60,14 @@ test-arm: $(READY) ## C++ tests for 64-bit Arm in an emulator; needs g++-aarch64
 	$(BIN)/cmake --build build/arm
 	$(BIN)/ctest --test-dir build/arm --output-on-failure
 
-test-hosts: $(READY) ## the backend in real programs with ggml, unmodified: xllamacpp, node-llama-cpp, Debian's llama-server (five minutes)
-	$(BIN)/pytest tests/hosts/ggml --hosts -rs
+HOSTS ?= all
+test-hosts: $(READY) ## the backend in real programs with ggml, unmodified; HOSTS=xllamacpp,... for some of them (ten minutes)
+	$(BIN)/pytest tests/hosts/ggml --hosts $(HOSTS) -rs -s
+
+bench-hosts: $(READY) ## measure Debian's llama-bench with the backend and without, in turns, and record it in benchmarks/; wants an idle machine
+	mkdir -p build
+	$(BIN)/python -m tests.hosts.ggml.bench --long > build/hosts.jsonl
+	mv build/hosts.jsonl benchmarks/
 
 # A second host, which PyPI has as source only. Compiling it takes ten minutes, so it is no part of `test`.
 HOST := build/llama-cpp-python

@@ -35,7 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="All architectures of Transformers in test_architectures.py, not a selection.",
     )
     parser.addoption("--docs", action="store_true", help="The long code blocks of README and docs too.")
-    parser.addoption("--hosts", action="store_true", help="Programs with ggml in them, which are fetched.")
+    parser.addoption(
+        "--hosts", metavar="NAMES", help="Programs with ggml in them, which are fetched: all, or names."
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -28,7 +28,7 @@ class UnavailableError(Exception):
 def _once(folder: Path, make: Callable[[Path], None]) -> Path:
     """`folder`, made by `make` where it is not there; half of it is never taken for the whole."""
     if not folder.exists():
-        unfinished = folder.with_suffix(".part")
+        unfinished = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         make(unfinished)
@@ -53,6 +53,26 @@ def python_with(*packages: str) -> Path:
         _run(folder / "bin" / "python", "-m", "pip", "install", "-q", *packages)
 
     return _once(HOSTS / "-".join(packages).replace("==", "-"), make) / "bin" / "python"
+
+
+def pinned(package: str) -> str:
+    """The package as constraints.txt has it, where that is not the newest, which is tried anyway."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    (pin,) = (line.split()[0] for line in lines if line.startswith(f"{package}=="))
+    newest = python_with(package)
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    installed = subprocess.run([newest, "-c", code], check=True, capture_output=True, text=True)
+    if pin == f"{package}=={installed.stdout.strip()}":
+        raise UnavailableError(f"{pin} is the newest")
+    return pin
+
+
+def built(name: str, command: str) -> Path:
+    """The interpreter of an environment that another command makes, which takes long."""
+    folder = ROOT / "build" / name
+    if not (folder / ".ready").exists():
+        raise UnavailableError(f"not built yet: {command}")
+    return folder / "bin" / "python"
 
 
 def node() -> Path:

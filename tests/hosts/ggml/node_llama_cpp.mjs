@@ -1,7 +1,6 @@
 // node-llama-cpp with its defaults: node node_llama_cpp.mjs MODEL PROMPT_FILE TOKENS GENERATED
 import fs from "fs";
-import {createRequire} from "module";
-const {getLlama} = await import(createRequire(process.cwd() + "/").resolve("node-llama-cpp"));
+import {getLlama} from "node-llama-cpp";
 const [file, text, count, wanted] = process.argv.slice(2);
 const llama = await getLlama({gpu: false, build: "never"});
 const model = await llama.loadModel({modelPath: file});

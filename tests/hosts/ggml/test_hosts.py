@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 
 from sparsek.engines.model_file import embedded_model
-from sparsek.integrations.llama_cpp_hosts import installed_backend
+from sparsek.integrations.llama_cpp_hosts import installed_backend, instructions
 
 from .fetch import UnavailableError
 from .hosts import HOSTS, Host
@@ -19,7 +20,7 @@ PURE_TOP_1 = {**EVERYTHING, "top_k": 1}
 IN_USE = "sparsek: Sparse-K is in use in layers"
 
 
-@pytest.fixture(scope="module", params=list(HOSTS))
+@pytest.fixture(scope="module")
 def host(request: pytest.FixtureRequest) -> Host:
     try:
         return HOSTS[request.param]()
@@ -40,6 +41,22 @@ def config(folder: Path, settings: dict[str, object]) -> str:
     return str(file)
 
 
+def sparse_operations(log: str) -> tuple[int, int]:
+    """Of prompts and of steps, from the line that SPARSEK_STATS=1 asks for."""
+    kinds = [re.search(rf"of {kind}: (\d+) with Sparse-K", log) for kind in ("prompts", "steps")]
+    assert all(kinds), log[-3000:]
+    prompts, steps = (int(found[1]) for found in kinds if found)
+    return prompts, steps
+
+
+def test_the_printed_lines_load_it(host: Host, text: Path) -> None:
+    logs = host.as_printed(instructions(installed_backend()), embedded_model(), text)
+    if not logs:
+        pytest.skip("`sparsek ggml-backend` has no lines for it")
+    for program, log in logs.items():
+        assert IN_USE in log, f"{program}: {log[-3000:]}"
+
+
 def test_everything_kept_is_the_hosts_own_text_and_one_key_is_not(
     host: Host, text: Path, tmp_path: Path
 ) -> None:
@@ -55,19 +72,21 @@ def test_everything_kept_is_the_hosts_own_text_and_one_key_is_not(
 
 def test_a_long_prompt_is_faster_than_with_the_hosts_defaults(host: Host, text: Path) -> None:
     """In turns, the best of two each: 1.5 times on a quiet machine."""
+    env = {"SPARSEK_TOP_K": "64", "SPARSEK_STATS": "1"}
     dense, sparse = [], []
     for _ in range(2):
         dense.append(host.run(embedded_model(), text, 4000, 4, None))
-        sparse.append(host.run(embedded_model(), text, 4000, 4, installed_backend(), SPARSEK_TOP_K="64"))
+        sparse.append(host.run(embedded_model(), text, 4000, 4, installed_backend(), **env))
     assert all(IN_USE in answer.log for answer in sparse), sparse[0].log[-3000:]
+    assert all(sparse_operations(answer.log)[0] > 0 for answer in sparse)
     seconds = [min(answer.prompt_s for answer in answers) for answers in (dense, sparse)]
-    print(f"{host.name}: dense {seconds[0]:.2f} s, Sparse-K {seconds[1]:.2f} s")
+    print(f"\n{type(host).__name__}: 4000 tokens dense {seconds[0]:.2f} s, Sparse-K {seconds[1]:.2f} s")
     assert seconds[1] < seconds[0]
 
 
-def test_short_prompts_are_the_hosts_and_that_is_said(host: Host, text: Path) -> None:
+def test_short_prompts_stay_dense(host: Host, text: Path) -> None:
     alone = host.run(embedded_model(), text, 200, 8, None)
-    beside = host.run(
-        embedded_model(), text, 200, 8, installed_backend(), SPARSEK_TOP_K="64", SPARSEK_STATS="1"
-    )
+    env = {"SPARSEK_TOP_K": "64", "SPARSEK_STATS": "1"}
+    beside = host.run(embedded_model(), text, 200, 8, installed_backend(), **env)
     assert beside.text == alone.text
+    assert sparse_operations(beside.log) == (0, 0)

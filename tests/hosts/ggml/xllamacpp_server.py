@@ -4,6 +4,7 @@ The backend of the variable GGML_BACKEND_PATH, if any, is loaded first: this bui
 and does not read the variable by itself.
 """
 
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -18,4 +19,5 @@ if path := os.environ.get("GGML_BACKEND_PATH"):
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.port = sys.argv[1], 4096, int(sys.argv[2])
 server = xllamacpp.Server(params)
-threading.Event().wait()
+with contextlib.suppress(KeyboardInterrupt):  # end as programs do, not by the signal
+    threading.Event().wait()
