@@ -185,7 +185,7 @@ class Debian(_Server):
         quick = {"llama-completion": ("-n", "1", "-no-cnv"), "llama-bench": ("-r", "1", "-n", "0")}
         logs = {}
         for program, more in quick.items():
-            command, env = self._printed(lines[program].replace("8192", "512"), files)
+            command, env = self._printed(lines[program].replace("8192", "2048"), files)
             logs[program] = finished([*command, *more], env).stderr
         command, env = self._printed(lines["llama-server"], files)
         port = free_port()

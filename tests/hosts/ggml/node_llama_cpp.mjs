@@ -1,10 +1,13 @@
 // node-llama-cpp with its defaults: node node_llama_cpp.mjs MODEL PROMPT_FILE TOKENS GENERATED
+//
+// But with one thread: its threads spin where they wait for each other, which takes twenty times as long on a
+// machine that does other things too.
 import fs from "fs";
 import {getLlama} from "node-llama-cpp";
 const [file, text, count, wanted] = process.argv.slice(2);
 const llama = await getLlama({gpu: false, build: "never"});
 const model = await llama.loadModel({modelPath: file});
-const context = await model.createContext({contextSize: 4096});
+const context = await model.createContext({contextSize: 4096, threads: 1});
 const prompt = model.tokenize(fs.readFileSync(text, "utf8")).slice(0, +count);
 const start = performance.now();
 let first;
